@@ -1,0 +1,262 @@
+"""The plugin contract: everything a quantization method sees, and everything it returns.
+
+A method is a frozen dataclass whose fields are its options, with a class attribute `info` and one method,
+`quantize(problem) -> QuantizedLayer`. It is stateless, pure and deterministic: it reads the problem, changes
+nothing in it, draws randomness only from `problem.seed`, and computes in float32 or float64. It never sees a
+model, a file, a hook or a packed word.
+
+Notation in the docstrings of this package: W is the weight, H the Hessian, E = W - What the error of the
+dequantized weight What. The layer loss is tr(E H Eᵀ), the expected squared error of the layer's output.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+class Statistic(Enum):
+    """What a method may ask the engine to collect about the inputs of a layer."""
+
+    HESSIAN = "hessian"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerInfo:
+    """What a method is and what it can do.
+
+    Attributes:
+        name: lower-case identifier, equal to the entry-point name.
+        summary: one line for tables.
+        paper: where the method is published, for example "arXiv:2501.12956".
+        bits: supported code widths, each between 2 and 8.
+        needs: statistics the engine must collect; empty means that no calibration is needed.
+        supports_groups: whether `group_size` may be set.
+        row_independent: whether each output row is solved by itself, so that the engine may stack the rows of
+            several layers with the same input, or solve a part of the rows.
+        presets: named sets of option values, selected by `preset:` in a recipe.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    bits: frozenset[int]
+    needs: frozenset[Statistic] = frozenset()
+    supports_groups: bool = False
+    row_independent: bool = True
+    presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookSpec:
+    """The storage budget of a layer; it belongs to the experiment, not to the method.
+
+    Attributes:
+        bits: code width, 2 to 8.
+        group_size: inputs that share a codebook; None means one codebook per output row.
+    """
+
+    bits: int
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise ValueError(f"bits={self.bits} must be between {MIN_BITS} and {MAX_BITS}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size} must be positive, or None for one codebook per row")
+
+    @property
+    def levels(self) -> int:
+        """Codebook entries: 2**bits."""
+        return 1 << self.bits
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InputStatistics:
+    """What the engine measured about a layer's inputs; shared by layers with the same input, read-only.
+
+    Attributes:
+        hessian: (in_features, in_features) float32, the mean over calibration tokens of x xᵀ: no factor 2, no
+            damping. A method's answer must not depend on its scale.
+        num_tokens: calibration tokens behind the mean.
+    """
+
+    hessian: Tensor
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerProblem:
+    """One linear layer to quantize.
+
+    Attributes:
+        name: the layer's name in the model, for messages.
+        weight: (out_features, in_features), any floating dtype, possibly non-contiguous.
+        spec: the storage budget.
+        statistics: None if the method needs none.
+        seed: source of all randomness.
+
+    Raises:
+        ValueError: on construction, if shapes disagree, values are not finite, or the group size does not
+            divide in_features.
+    """
+
+    name: str
+    weight: Tensor
+    spec: CodebookSpec
+    statistics: InputStatistics | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2 or self.weight.numel() == 0:
+            raise ValueError(f"{self.name}: weight has shape {tuple(self.weight.shape)}; it must be a non-empty matrix")
+        if not self.weight.is_floating_point():
+            raise ValueError(f"{self.name}: weight has dtype {self.weight.dtype}; it must be floating point")
+        if not torch.isfinite(self.weight).all():
+            raise ValueError(f"{self.name}: weight contains NaN or infinity")
+        size = self.spec.group_size
+        if size is not None and self.in_features % size:
+            raise ValueError(
+                f"{self.name}: in_features={self.in_features} is not a multiple of group_size={size}; "
+                "choose a divisor, or group_size: null for one codebook per row"
+            )
+        if self.statistics is not None:
+            hessian, expected = self.statistics.hessian, (self.in_features, self.in_features)
+            if tuple(hessian.shape) != expected:
+                raise ValueError(f"{self.name}: Hessian has shape {tuple(hessian.shape)}, expected {expected}")
+            if not torch.isfinite(hessian).all():
+                raise ValueError(
+                    f"{self.name}: the Hessian contains NaN or infinity; the layer's inputs overflowed during "
+                    "calibration (try model.dtype: float32)"
+                )
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    def require_hessian(self) -> Tensor:
+        """The Hessian.
+
+        Raises:
+            ValueError: if the problem carries no statistics.
+        """
+        if self.statistics is None:
+            raise ValueError(f"{self.name}: this method needs the Hessian, but no statistics were collected")
+        return self.statistics.hessian
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lut:
+    """A free codebook: any `levels` values per output row and group.
+
+    Attributes:
+        values: (out_features, groups, levels) float32.
+    """
+
+    values: Tensor
+
+    def levels(self) -> Tensor:
+        """The codebook entries: (out_features, groups, levels)."""
+        return self.values
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UniformGrid:
+    """Equally spaced levels: level k is (k - zero) * scale.
+
+    Attributes:
+        scale: (out_features, groups) float32, positive.
+        zero: (out_features, groups) float32, the code (not necessarily whole) of the value 0.
+        bits: code width.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    bits: int
+
+    def levels(self) -> Tensor:
+        """The codebook entries: (out_features, groups, levels)."""
+        codes = torch.arange(1 << self.bits, dtype=self.scale.dtype, device=self.scale.device)
+        return (codes - self.zero[..., None]) * self.scale[..., None]
+
+
+Codebook = Lut | UniformGrid
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outliers:
+    """Sparse corrections, *added* to the dense quantized weight.
+
+    A method that wants an entry to become exactly w stores w minus the level that its code selects.
+
+    Attributes:
+        rows: (count,) int64.
+        columns: (count,) int64; (row, column) pairs are unique and ascend.
+        values: (count,) float32.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizedLayer:
+    """The answer of a method.
+
+    Attributes:
+        codes: (out_features, in_features) uint8, unpacked, each below 2**bits.
+        codebook: what the codes select from; column j belongs to group j // group_size.
+        outliers: sparse additive corrections, or None.
+        diagnostics: finite numbers worth reporting. "loss", if present, is the layer loss with the undamped
+            Hessian and is verified by the engine.
+    """
+
+    codes: Tensor
+    codebook: Codebook
+    outliers: Outliers | None = None
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+
+    def dequantize(self) -> Tensor:
+        """The dense weight it stands for: (out_features, in_features) float32."""
+        levels = self.codebook.levels()
+        out_features, groups, _ = levels.shape
+        grouped_codes = self.codes.view(out_features, groups, -1).long()
+        weight = levels.gather(2, grouped_codes).view(out_features, -1)
+        if self.outliers is not None:
+            position = (self.outliers.rows, self.outliers.columns)
+            weight = weight.index_put(position, self.outliers.values, accumulate=True)
+        return weight
+
+
+class LayerQuantizer(Protocol):
+    """A quantization method: a frozen dataclass whose fields are its options."""
+
+    info: ClassVar[QuantizerInfo]
+
+    def quantize(self, problem: LayerProblem) -> QuantizedLayer:
+        """Quantize one layer.
+
+        Raises:
+            ValueError: the request is not supported (bits, groups, missing statistics).
+            NumericalError: the problem cannot be solved in floating point.
+        """
+        ...
+
+
+def layer_loss(weight: Tensor, weight_hat: Tensor, hessian: Tensor) -> Tensor:
+    """Expected squared output error of every row, e H eᵀ: (out_features,) float64.
+
+    Evaluated as sum((E H) * E), which does not cancel, in float64.
+    """
+    error = weight.double() - weight_hat.double()
+    return ((error @ hessian.double()) * error).sum(dim=1)

@@ -1,0 +1,75 @@
+"""The bundled text: the Python standard library of the running interpreter.
+
+Every Python installation carries some ten megabytes of source code with documentation strings, and the
+language reference as prose (`pydoc_data.topics`). Reading it at run time gives every user a calibration and
+a held-out corpus without a download and without shipping a word of text.
+
+Whole documents are held out, chosen by a hash of their name, so that no text is on both sides and the split
+does not depend on the order of files or on the Python version.
+"""
+
+import hashlib
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from quantlab.errors import DataError
+
+Split = Literal["train", "held_out"]
+
+HELD_OUT_ONE_IN = 16
+
+# Test packages say little in natural code; `encodings` is generated tables; `site-packages` is not the
+# standard library. `pydoc_data` is read as prose below.
+_SKIPPED_FOLDERS = frozenset(
+    {"encodings", "idle_test", "pydoc_data", "site-packages", "test", "tests", "__pycache__"}
+)
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the document of this name belongs to the held-out split."""
+    return hashlib.sha256(name.encode()).digest()[0] % HELD_OUT_ONE_IN == 0
+
+
+def read_documents(split: Split) -> dict[str, str]:
+    """The documents of one split, name to text, ordered by name.
+
+    Raises:
+        DataError: the interpreter has no readable standard library sources.
+    """
+    documents = {
+        name: text
+        for name, text in (*_modules(), *_topics())
+        if text.strip() and is_held_out(name) == (split == "held_out")
+    }
+    if not documents:
+        raise DataError(
+            f"the standard library at {_library_folder()} has no readable .py sources; "
+            "use a Python installation with sources, or set `data.name` to `file:PATH`"
+        )
+    return dict(sorted(documents.items()))
+
+
+def _library_folder() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _modules() -> Iterator[tuple[str, str]]:
+    root = _library_folder()
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if _SKIPPED_FOLDERS.isdisjoint(relative.parts):
+            try:
+                with tokenize.open(path) as source:  # honours the file's own coding line
+                    yield ".".join(relative.with_suffix("").parts), source.read()
+            except (OSError, SyntaxError, UnicodeDecodeError):
+                continue  # a distribution may add files that are not valid Python
+
+
+def _topics() -> Iterator[tuple[str, str]]:
+    from pydoc_data.topics import topics
+
+    for topic, text in topics.items():
+        yield f"pydoc_data.topics:{topic}", text

@@ -1,0 +1,1 @@
+"""The layer-streaming engine: one decoder block in memory at a time."""

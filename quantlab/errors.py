@@ -1,0 +1,53 @@
+"""Every error that quantlab raises on purpose, each with the exit code of the command line."""
+
+
+class QuantlabError(Exception):
+    """Base class. The message says what is wrong, where, why, and what to try; no traceback is needed."""
+
+    exit_code = 1
+
+
+class UsageError(QuantlabError):
+    """The command line asks for something that does not exist or may not be done."""
+
+    exit_code = 2
+
+
+class QualityError(QuantlabError):
+    """A result is not good enough: a failed check, a fallback that was not allowed."""
+
+    exit_code = 3
+
+
+class RecipeError(QuantlabError):
+    """A recipe is malformed or asks for something impossible."""
+
+    exit_code = 78
+
+
+class ModelError(QuantlabError):
+    """A model folder is missing, unreadable or of a kind that cannot be quantized."""
+
+    exit_code = 78
+
+
+class DataError(QuantlabError):
+    """Calibration or evaluation text is missing, unreadable or too short."""
+
+    exit_code = 78
+
+
+class CheckpointError(QuantlabError):
+    """A quantized checkpoint is missing, damaged or of an unknown version."""
+
+    exit_code = 78
+
+
+class PluginError(QuantlabError):
+    """A quantization method is not installed, claimed twice, or does not fulfil the contract."""
+
+    exit_code = 78
+
+
+class NumericalError(QuantlabError):
+    """A layer cannot be solved in floating point; the message names the layer's data and what was tried."""

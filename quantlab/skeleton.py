@@ -1,0 +1,217 @@
+"""A causal LM without its weights, and the weights of one part of it at a time.
+
+The skeleton is the ordinary transformers module tree with parameters on the meta device and real buffers.
+Parts are filled from the safetensors files through transformers' own state-dict conversion, so that every
+renaming and fusing of a checkpoint is done by the code that defines it.
+
+Every use of private transformers API in quantlab stands in this module; `tests/engine/test_skeleton.py` says
+which assumption broke when a release changes it.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from quantlab.errors import ModelError
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration of the model in a local folder; remote code is never run.
+
+    Raises:
+        ModelError: config.json is missing or transformers does not know the architecture.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: cannot read config.json as a transformers model configuration: {error}") from error
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The module tree of a causal LM in evaluation mode: parameters on meta, buffers real.
+
+    Raises:
+        ModelError: the architecture is not a causal language model.
+    """
+    try:
+        with _parameters_on_meta(), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except ValueError as error:
+        raise ModelError(f"architecture {config.model_type!r} is not a causal language model: {error}") from error
+    return model.eval()
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks and their common name, for example ("model.layers", ModuleList of 32).
+
+    Raises:
+        ModelError: no list of blocks is found.
+    """
+    indivisible = set(model._no_split_modules or ())
+    candidates = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and {type(block).__name__ for block in module} <= indivisible
+    ]
+    if not candidates:
+        raise ModelError(
+            f"{type(model).__name__}: no list of decoder blocks found (transformers names {sorted(indivisible)})"
+        )
+    return max(candidates, key=lambda candidate: len(candidate[1]))
+
+
+def unload(module: nn.Module) -> None:
+    """Give the parameters of a module back to the meta device; buffers stay."""
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+class WeightSource:
+    """The safetensors files of a model folder, read one part at a time.
+
+    Args:
+        folder: a local model folder.
+        model: the skeleton to fill.
+        dtype: the dtype that weights are converted to on loading.
+
+    Raises:
+        ModelError: weight files are missing or damaged.
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self._folder = folder
+        self._model = model
+        self._mapping = get_model_conversion_mapping(model)
+        self._load_config = LoadStateDictConfig(
+            dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=self._mapping
+        )
+        self._block_prefix = find_blocks(model)[0] + "."
+        self._parts: dict[int | None, list[tuple[Path, str]]] = {}  # None: everything outside the blocks
+        files = {file: _open(file).keys() for file in weight_files(folder)}
+        runtime_names = self._runtime_names([key for keys in files.values() for key in keys])
+        for file, keys in files.items():
+            for key in keys:
+                self._parts.setdefault(self._block_of(runtime_names[key]), []).append((file, key))
+
+    def load_block(self, index: int) -> None:
+        """Fill the parameters of one decoder block."""
+        self._load(index)
+        block = find_blocks(self._model)[1][index]
+        self._require_loaded(f"{self._block_prefix}{index}.", block.named_parameters())
+
+    def load_rest(self) -> None:
+        """Fill everything outside the decoder blocks, and tie what the model ties."""
+        missing = self._load(None)
+        self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        outside = (item for item in self._model.named_parameters() if not item[0].startswith(self._block_prefix))
+        self._require_loaded("", outside)
+
+    def _load(self, part: int | None) -> set[str]:
+        by_file: dict[Path, list[str]] = {}
+        for file, key in self._parts.get(part, ()):
+            by_file.setdefault(file, []).append(key)
+        handles = {file: _open(file) for file in by_file}
+        state = {key: handles[file].get_slice(key) for file, keys in by_file.items() for key in keys}
+        with _no_transformers_progress_bar():
+            info, _ = convert_and_load_state_dict_in_model(self._model, state, self._load_config)
+        if info.mismatched_keys or info.conversion_errors:
+            raise ModelError(f"{self._folder}: weights do not fit: {info.mismatched_keys or info.conversion_errors}")
+        missing: set[str] = info.missing_keys
+        return missing
+
+    def _runtime_names(self, keys: list[str]) -> dict[str, str]:
+        """The name in the module tree that each checkpoint key is loaded under."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        prefix, tree = self._model.base_model_prefix, self._model.state_dict()
+        return {key: rename_source_key(key, renamings, converters, prefix, tree)[0] for key in keys}
+
+    def _block_of(self, name: str) -> int | None:
+        index, separator, _ = name.removeprefix(self._block_prefix).partition(".")
+        inside = name.startswith(self._block_prefix) and separator and index.isdigit()
+        return int(index) if inside else None
+
+    def _require_loaded(self, prefix: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        absent = [prefix + name for name, parameter in parameters if parameter.is_meta]
+        if absent:
+            raise ModelError(
+                f"{self._folder}: {len(absent)} weights are missing, the first is {absent[0]}; "
+                "the folder may be an incomplete download"
+            )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, all inside the folder.
+
+    Raises:
+        ModelError: there are none, or the index names files outside the folder or not there.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ModelError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: not a safetensors index: {error}") from error
+    files = [folder / name for name in names]
+    for name, file in zip(names, files, strict=True):
+        if Path(name).name != name or not file.is_file():
+            raise ModelError(f"{index}: names the file {name!r}, which is not in {folder}")
+    return files
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file}: not a readable safetensors file: {error}") from error
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, every new parameter goes to the meta device while buffers are computed as usual."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def _no_transformers_progress_bar() -> Iterator[None]:
+    """Loading a block is a fraction of a second; its bar would tear the run's own progress display."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
