@@ -137,10 +137,12 @@ class LayerProblem:
 
     @property
     def out_features(self) -> int:
+        """Rows of the weight: outputs of the layer."""
         return self.weight.shape[0]
 
     @property
     def in_features(self) -> int:
+        """Columns of the weight: inputs of the layer."""
         return self.weight.shape[1]
 
     def require_hessian(self) -> Tensor:

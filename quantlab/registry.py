@@ -133,9 +133,11 @@ def class_violations(method_class: object) -> list[str]:
     violations = []
     if not method_class.__dataclass_params__.frozen:  # type: ignore[attr-defined]  # absent from typeshed
         violations.append("class: expected @dataclass(frozen=True), got a mutable dataclass")
-    return (
-        violations + _info_violations(method_class) + _signature_violations(method_class) + _option_rules(method_class)
-    )
+    violations += _info_violations(method_class) + _signature_violations(method_class)
+    try:
+        return violations + _option_violations(method_class)
+    except NameError as error:  # an annotation imported only under TYPE_CHECKING
+        return [*violations, f"annotations: expected names that exist at run time, got NameError: {error}"]
 
 
 def _info_violations(method_class: type) -> list[str]:
@@ -158,7 +160,7 @@ def _signature_violations(method_class: type) -> list[str]:
     return [f"quantize: expected {_SIGNATURE}, got quantize{inspect.signature(quantize)}"]
 
 
-def _option_rules(method_class: type) -> list[str]:
+def _option_violations(method_class: type) -> list[str]:
     violations = []
     for option, annotation in _option_annotations(method_class).items():
         if option in RESERVED_OPTIONS or option == "info":

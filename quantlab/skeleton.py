@@ -8,6 +8,7 @@ Every use of private transformers API in quantlab stands in this module; `tests/
 which assumption broke when a release changes it.
 """
 
+import copy
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -39,9 +40,10 @@ def read_config(folder: Path) -> PretrainedConfig:
         ModelError: config.json is missing or transformers does not know the architecture.
     """
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: cannot read config.json as a transformers model configuration: {error}") from error
+    return config
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -52,10 +54,14 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     """
     try:
         with _parameters_on_meta(), no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            # A copy, since transformers notes the dtype in the configuration it is given.
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=False
+            )
     except ValueError as error:
         raise ModelError(f"architecture {config.model_type!r} is not a causal language model: {error}") from error
-    return model.eval()
+    model.eval()
+    return model
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -68,13 +74,34 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     candidates = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and {type(block).__name__ for block in module} <= indivisible
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and {type(block).__name__ for block in module} <= indivisible
     ]
     if not candidates:
         raise ModelError(
             f"{type(model).__name__}: no list of decoder blocks found (transformers names {sorted(indivisible)})"
         )
     return max(candidates, key=lambda candidate: len(candidate[1]))
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The whole model of a local folder, in evaluation mode.
+
+    Raises:
+        ModelError: it is not a causal language model, or weights are missing or damaged.
+    """
+    model = build_skeleton(read_config(folder), dtype)
+    weights = WeightSource(folder, model, dtype)
+    weights.load_rest()
+    for index in range(len(find_blocks(model)[1])):
+        weights.load_block(index)
+    return model
+
+
+def tie_weights(model: PreTrainedModel, missing: set[str]) -> None:
+    """Tie what the architecture ties, to the weight that is there; strikes tied names off the missing ones."""
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
 
 
 def unload(module: nn.Module) -> None:
@@ -102,7 +129,9 @@ class WeightSource:
         self._model = model
         self._mapping = get_model_conversion_mapping(model)
         self._load_config = LoadStateDictConfig(
-            dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=self._mapping
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            weight_mapping=self._mapping,  # type: ignore[arg-type]  # declared as a list of their common base
         )
         self._block_prefix = find_blocks(model)[0] + "."
         self._parts: dict[int | None, list[tuple[Path, str]]] = {}  # None: everything outside the blocks
@@ -120,8 +149,7 @@ class WeightSource:
 
     def load_rest(self) -> None:
         """Fill everything outside the decoder blocks, and tie what the model ties."""
-        missing = self._load(None)
-        self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        tie_weights(self._model, self._load(None))
         outside = (item for item in self._model.named_parameters() if not item[0].startswith(self._block_prefix))
         self._require_loaded("", outside)
 
@@ -195,10 +223,10 @@ def _parameters_on_meta() -> Iterator[None]:
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
-        if parameter is not None:
+        if parameter is not None and not parameter.is_meta:  # one that is already there may be tied: keep identity
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

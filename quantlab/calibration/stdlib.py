@@ -23,9 +23,7 @@ HELD_OUT_ONE_IN = 16
 
 # Test packages say little in natural code; `encodings` is generated tables; `site-packages` is not the
 # standard library. `pydoc_data` is read as prose below.
-_SKIPPED_FOLDERS = frozenset(
-    {"encodings", "idle_test", "pydoc_data", "site-packages", "test", "tests", "__pycache__"}
-)
+_SKIPPED_FOLDERS = frozenset({"encodings", "idle_test", "pydoc_data", "site-packages", "test", "tests", "__pycache__"})
 
 
 def is_held_out(name: str) -> bool:

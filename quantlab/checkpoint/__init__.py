@@ -1,0 +1,1 @@
+"""Quantized checkpoints on disk: the format, its writer and its strict reader."""

@@ -1,5 +1,5 @@
-"""Command line."""
+"""The command line: parses, calls and prints. Importing it, and `--help`, import no torch."""
 
+from quantlab.cli.app import main
 
-def main() -> None:
-    """Entry."""
+__all__ = ["main"]

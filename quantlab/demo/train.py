@@ -35,6 +35,7 @@ QUICK_WINDOWS = 24
 
 
 def main() -> None:
+    """Train, measure and save the model and its tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=90.0)
@@ -52,7 +53,7 @@ def main() -> None:
 
     model = LlamaForCausalLM(model_config(tokenizer))
     history = train(model, train_ids, held_out_ids, arguments.minutes * 60.0, arguments.seed)
-    model.to(torch.bfloat16)
+    model.bfloat16()
     loss = held_out_loss(model, held_out_ids)
     history |= {
         "parameters": sum(p.numel() for p in model.parameters()),

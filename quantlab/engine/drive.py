@@ -86,7 +86,8 @@ class BlockDriver:
         """The output of one loaded block: (sequences, tokens, hidden_size)."""
         arguments = batch.arguments[index]
         output = self._blocks[index](hidden, *arguments.args, **arguments.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        hidden_out: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden_out
 
     def finish(self, batch: RecordedBatch, hidden: Tensor) -> Tensor:
         """The logits that follow from the output of the last block: (sequences, tokens, vocabulary)."""

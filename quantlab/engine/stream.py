@@ -23,9 +23,9 @@ from quantlab.engine.linears import (
     require_quantizable,
     weight_of,
 )
-from quantlab.engine.progress import Progress
 from quantlab.engine.solve import LayerResult, solve_layers
-from quantlab.skeleton import WeightSource, find_blocks, read_config, build_skeleton, unload
+from quantlab.progress import Progress
+from quantlab.skeleton import WeightSource, build_skeleton, find_blocks, read_config, unload
 
 TOKENS_PER_BATCH = 4096
 
@@ -88,7 +88,7 @@ def quantize_model(
     weights.load_block(0)
     writer.add_shard("rest", _stored(_tensors_outside(model, prefix), storage_dtype))
     batches = calibration_ids.split(max(1, TOKENS_PER_BATCH // calibration_ids.shape[1]))
-    driver = BlockDriver(model, blocks, batches[0][:1])
+    driver = BlockDriver(model, list(blocks), batches[0][:1])
     recorded = _record(driver, batches)
     hidden = [batch.hidden for batch in recorded]
 
@@ -155,7 +155,11 @@ def _collect(
 def _tensors_outside(model: PreTrainedModel, prefix: str) -> dict[str, Tensor]:
     """State outside the blocks; of tied weights only the one that the others are tied to."""
     state = model.state_dict()
-    tied = {target for target, source in model.all_tied_weights_keys.items() if state[target].data_ptr() == state[source].data_ptr()}
+    tied = {
+        target
+        for target, source in model.all_tied_weights_keys.items()
+        if state[target].data_ptr() == state[source].data_ptr()
+    }
     return {name: tensor for name, tensor in state.items() if name not in tied and not name.startswith(prefix + ".")}
 
 
@@ -177,6 +181,5 @@ def _stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 def _describe(result: LayerResult, index: int, num_blocks: int) -> str:
     layer = result.name.partition(f".{index}.")[2]
     return (
-        f"block {index + 1}/{num_blocks}  {layer}  "
-        f"loss {result.relative_loss:.2e} (RTN {result.rtn_relative_loss:.2e})"
+        f"block {index + 1}/{num_blocks}  {layer}  loss {result.relative_loss:.2e} (RTN {result.rtn_relative_loss:.2e})"
     )

@@ -1,0 +1,173 @@
+"""What `config.json` says about a quantized checkpoint: which modules are quantized, and how each is stored.
+
+The names and shapes of the stored tensors follow from `ModuleSpec` alone (`quantlab.runtime`), so a reader can
+check a file against them before it reads a single value.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields
+from types import NoneType
+from typing import Final, Literal
+
+from quantlab.errors import CheckpointError
+
+QUANT_METHOD: Final = "quantlab"
+FORMAT_VERSION: Final = 1
+MIN_READER: Final = 1
+
+CONFIG_NAME: Final = "config.json"
+INDEX_NAME: Final = "quantlab.safetensors.index.json"
+SHARD_PATTERN: Final = r"quantlab-[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors"
+
+CodebookKind = Literal["lut", "uniform"]
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """How one linear layer is stored.
+
+    Attributes:
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        bits: code width, 2 to 8.
+        group_size: inputs that share a codebook, a divisor of in_features; None means one codebook per row.
+        codebook: "lut" for free levels, "uniform" for scale and zero.
+        outliers: stored additive corrections.
+        bias: whether the layer has a bias.
+
+    Raises:
+        ValueError: on construction, if a value is out of range.
+    """
+
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int | None
+    codebook: CodebookKind
+    outliers: int
+    bias: bool
+
+    def __post_init__(self) -> None:
+        if self.out_features < 1 or self.in_features < 1:
+            raise ValueError(f"a weight of shape ({self.out_features}, {self.in_features}) is empty")
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits} must be between 2 and 8")
+        if self.group_size is not None and (self.group_size < 1 or self.in_features % self.group_size):
+            raise ValueError(f"group_size={self.group_size} must divide in_features={self.in_features}")
+        if self.codebook not in ("lut", "uniform"):
+            raise ValueError(f"codebook={self.codebook!r} must be 'lut' or 'uniform'")
+        if not 0 <= self.outliers <= self.out_features * self.in_features:
+            raise ValueError(f"outliers={self.outliers} must be between 0 and the number of weights")
+
+    @property
+    def groups(self) -> int:
+        """Codebooks per output row."""
+        return 1 if self.group_size is None else self.in_features // self.group_size
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """The section `quantization_config` of `config.json`.
+
+    Attributes:
+        method: {"name", "options"} of what produced the codes; for people, not needed for loading.
+        producer: {"name", "version"} of the program that wrote the files.
+        modules: storage of every quantized layer by its exact module name; nothing else is quantized.
+    """
+
+    method: Mapping[str, object]
+    producer: Mapping[str, object]
+    modules: Mapping[str, ModuleSpec]
+
+    def to_dict(self) -> dict[str, object]:
+        """The section as plain JSON values."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "min_reader": MIN_READER,
+            "method": dict(self.method),
+            "producer": dict(self.producer),
+            "modules": {name: asdict(spec) for name, spec in self.modules.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, section: object) -> "QuantizationConfig":
+        """Parse the section strictly.
+
+        A newer writer that adds something older readers may ignore raises `format_version` and leaves
+        `min_reader`; then unknown keys beside the known ones are accepted at the top level only.
+
+        Raises:
+            CheckpointError: wrong method or version, missing or unknown keys, wrong types, values out of range.
+        """
+        where = "quantization_config"
+        values = _mapping(where, section)
+        _check_versions(values)
+        if values["format_version"] == FORMAT_VERSION:
+            _refuse_unknown(
+                where, values, {"quant_method", "format_version", "min_reader", "method", "producer", "modules"}
+            )
+        method = _fields(f"{where}.method", _take(where, values, "method"), {"name": (str,), "options": (dict,)})
+        producer = _fields(f"{where}.producer", _take(where, values, "producer"), {"name": (str,), "version": (str,)})
+        modules = _mapping(f"{where}.modules", _take(where, values, "modules"))
+        return cls(
+            method=method,
+            producer=producer,
+            modules={name: _module_spec(f"{where}.modules[{name!r}]", entry) for name, entry in modules.items()},
+        )
+
+
+def _check_versions(section: Mapping[str, object]) -> None:
+    if section.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(
+            f"quantization_config.quant_method is {section.get('quant_method')!r}; quantlab reads only {QUANT_METHOD!r}"
+        )
+    version, min_reader = section.get("format_version"), section.get("min_reader")
+    if type(version) is not int or type(min_reader) is not int or not 1 <= min_reader <= version:
+        raise CheckpointError(
+            f"quantization_config has format_version {version!r} and min_reader {min_reader!r}; "
+            "expected whole numbers with 1 <= min_reader <= format_version"
+        )
+    if min_reader > FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has format {version} and needs a reader of format {min_reader}; "
+            f"this quantlab reads format {FORMAT_VERSION}: upgrade quantlab"
+        )
+
+
+def _module_spec(where: str, entry: object) -> ModuleSpec:
+    types: dict[str, tuple[type, ...]] = {field.name: (int,) for field in fields(ModuleSpec)}
+    types |= {"group_size": (int, NoneType), "codebook": (str,), "bias": (bool,)}
+    try:
+        return ModuleSpec(**_fields(where, entry, types))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _fields(where: str, value: object, types: Mapping[str, tuple[type, ...]]) -> dict[str, object]:
+    """A JSON object with exactly these keys, each of exactly one of these types (True is not a whole number)."""
+    values = _mapping(where, value)
+    _refuse_unknown(where, values, types.keys())
+    for key, expected in types.items():
+        if type(_take(where, values, key)) not in expected:
+            names = " or ".join(kind.__name__ for kind in expected)
+            raise CheckpointError(f"{where}.{key} is {values[key]!r}; expected {names}")
+    return values
+
+
+def _mapping(where: str, value: object) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} is {value!r}; expected a JSON object")
+    return value
+
+
+def _take(where: str, values: Mapping[str, object], key: str) -> object:
+    if key not in values:
+        raise CheckpointError(f"{where} has no {key!r}; the checkpoint is damaged or was written by something else")
+    return values[key]
+
+
+def _refuse_unknown(where: str, values: Mapping[str, object], known: Collection[str]) -> None:
+    unknown = sorted(values.keys() - set(known))
+    if unknown:
+        raise CheckpointError(f"{where} has unknown keys {unknown}; known are {sorted(known)}")

@@ -1,0 +1,114 @@
+"""Showing the progress of a run: a live bar on a terminal, lines elsewhere."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from rich import progress as bars
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from quantlab.progress import NoProgress, Progress
+from quantlab.report.units import format_duration
+
+LINE_INTERVAL_S = 5.0
+
+
+@contextmanager
+def choose_progress(*, quiet: bool) -> Iterator[Progress]:
+    """The listener that suits stderr: nothing if quiet, a live bar on a terminal, lines in a file."""
+    console = Console(stderr=True)
+    if quiet:
+        yield NoProgress()
+    elif console.is_terminal:
+        with LiveProgress(console) as live:
+            yield live
+    else:
+        yield PlainProgress(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+
+
+class PlainProgress:
+    """Writes a line when a stage begins, every few seconds, and when it ends.
+
+    Attributes:
+        write: takes one line.
+        clock: seconds.
+    """
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self.write = write
+        self.clock = clock
+        self._total = self._done = 0
+        self._unit = ""
+        self._began = self._last_line = 0.0
+
+    def begin(self, stage: str, total: int, unit: str) -> None:
+        """Announce a stage."""
+        self._total, self._done, self._unit = total, 0, unit
+        self._began = self._last_line = self.clock()
+        self.write(f"{stage}: {total} {unit}")
+
+    def advance(self, count: int = 1, detail: str = "") -> None:
+        """Count; write a line if the last one is some seconds old, or the stage is complete."""
+        self._done += count
+        now = self.clock()
+        if self._done < self._total and now - self._last_line < LINE_INTERVAL_S:
+            return
+        self._last_line = now
+        elapsed_s = now - self._began
+        if self._done < self._total:
+            remaining_s = elapsed_s / self._done * (self._total - self._done) if self._done else 0.0
+            timing = f"{format_duration(elapsed_s)}, about {format_duration(remaining_s)} left"
+        else:
+            timing = f"done in {format_duration(elapsed_s)}"
+        suffix = f"; {detail}" if detail else ""
+        self.write(f"  {self._done}/{self._total} {self._unit}, {timing}{suffix}")
+
+
+class LiveProgress:
+    """A live panel on a terminal: one bar per stage, and below it what was done last. A context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = _Bars(
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(bar_width=24),
+            bars.TextColumn("{task.completed}/{task.total} {task.fields[unit]}", markup=False),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("eta", style="dim"),
+            bars.TimeRemainingColumn(),
+            console=console,
+        )
+        self._stage: bars.TaskID | None = None
+
+    def __enter__(self) -> "LiveProgress":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.detail = ""
+        self._bars.stop()
+
+    def begin(self, stage: str, total: int, unit: str) -> None:
+        """Add a bar for the stage; those of earlier stages stay."""
+        if self._stage is not None:
+            self._bars.stop_task(self._stage)
+        self._bars.detail = ""
+        self._stage = self._bars.add_task(stage, total=total, unit=unit)
+
+    def advance(self, count: int = 1, detail: str = "") -> None:
+        """Move the bar; show the detail below it."""
+        if detail:
+            self._bars.detail = detail
+        if self._stage is not None:
+            self._bars.advance(self._stage, count)
+
+
+class _Bars(bars.Progress):
+    """Rich's bars with one line below them, cut to the width of the terminal."""
+
+    detail = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.detail:
+            yield Text(f"  {self.detail}", style="dim", no_wrap=True, overflow="ellipsis")

@@ -1,0 +1,83 @@
+"""`quantlab run`: carry out a recipe."""
+
+import shlex
+from pathlib import Path
+
+import click
+
+from quantlab.cli.options import Session, examples, recipe_options, verbose_option
+
+_FILE_WIDTH = 120  # rich assumes 80 columns where there is no terminal, which would wrap the table
+
+
+@click.command(
+    short_help="Quantize a model as a recipe says, and evaluate it.",
+    epilog=examples(
+        "quantlab run ganq_w4",
+        "quantlab run ganq_w4 --model facebook/opt-125m --set model.dtype=auto",
+        "quantlab run my_recipe.yaml --set method.bits=3 --output-dir runs/three-bits",
+    ),
+)
+@recipe_options
+@click.option(
+    "--output-dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="The folder to create.  [default: runs/RECIPE-MODEL]",
+)
+@click.option("--dry-run", is_flag=True, help="Check everything and print the plan; read no weights, write nothing.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress; only the result.")
+@verbose_option
+@click.pass_obj
+def run(
+    session: Session,
+    recipe: str,
+    model: str | None,
+    overrides: tuple[str, ...],
+    output_dir: Path | None,
+    dry_run: bool,
+    quiet: bool,
+) -> None:
+    """Quantize a model as RECIPE says, evaluate it, and write a run folder.
+
+    RECIPE is a file or the name of a built-in recipe. The run folder holds the quantized model, the recipe,
+    all measurements and report.md; it appears only when the run is complete.
+    """
+    from quantlab.cli.progress import choose_progress
+    from quantlab.models import model_label, resolve_model
+    from quantlab.recipe import check_method, load_recipe
+
+    loaded = load_recipe(recipe, overrides, model=model)
+    folder = output_dir or Path("runs") / f"{loaded.path.stem}-{model_label(loaded.recipe.model.path)}"
+
+    from quantlab.pipeline import execute, plan_run, require_free  # imports torch: not before the recipe is known good
+
+    require_free(folder)
+    quantizer = check_method(loaded)
+    model_folder = resolve_model(loaded.recipe.model.path)
+    if dry_run:
+        _print_plan([*plan_run(loaded.recipe, model_folder).rows(), ("output folder", str(folder))])
+        return
+    with choose_progress(quiet=quiet) as progress:
+        command = shlex.join(["quantlab", *session.arguments])
+        finished = execute(loaded, quantizer, model_folder, folder, progress, command)
+    _print_result(finished)
+
+
+def _print_plan(rows: list[tuple[str, str]]) -> None:
+    width = max(len(what) for what, _ in rows)
+    for what, value in rows:
+        click.echo(f"{what:<{width}}  {value}")
+
+
+def _print_result(folder: Path) -> None:
+    from rich.console import Console
+
+    from quantlab.report.summary import summary_table
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    console.print(summary_table(folder))
+    click.echo(f"run folder: {folder}")
+    click.echo(f"report:     {folder / 'report.md'}")

@@ -1,0 +1,32 @@
+"""`quantlab validate`: check recipes without running them."""
+
+import click
+
+from quantlab.cli.options import examples, verbose_option
+from quantlab.errors import QuantlabError, RecipeError
+
+
+@click.command(
+    short_help="Check recipes without running them.",
+    epilog=examples("quantlab validate my_recipe.yaml", "quantlab validate recipes/*.yaml"),
+)
+@click.argument("recipes", nargs=-1, required=True)
+@verbose_option
+def validate(recipes: tuple[str, ...]) -> None:
+    """Check RECIPES, including the methods they name, and report every problem; run nothing.
+
+    Exits 78 if any recipe has a problem.
+    """
+    from quantlab.recipe import check_method, load_recipe
+
+    failed = 0
+    for recipe in recipes:
+        try:
+            check_method(load_recipe(recipe))
+        except QuantlabError as error:
+            failed += 1
+            click.echo(str(error), err=True)
+        else:
+            click.echo(f"{recipe}: ok")
+    if failed:
+        raise RecipeError(f"{failed} of {len(recipes)} recipes cannot be run")

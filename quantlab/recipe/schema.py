@@ -1,0 +1,114 @@
+"""The recipe as frozen dataclasses: the fields are the keys, their types and metadata are the rules.
+
+Field metadata: `minimum` and `maximum` bound a number; `check` names what is wrong with a value, or returns None;
+`needed` explains a key without a default; `collects_rest` marks the field that takes all keys not listed.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FILE_PREFIX = "file:"
+
+
+def _number(*, minimum: int, maximum: int | None = None) -> Mapping[str, Any]:
+    return {"minimum": minimum, "maximum": maximum}
+
+
+def _checked(check: Callable[[str], str | None]) -> Mapping[str, Any]:
+    return {"check": check}
+
+
+def _source_error(name: str) -> str | None:
+    if name == "stdlib" or (name.startswith(FILE_PREFIX) and name != FILE_PREFIX):
+        return None
+    return f"is {name!r}; the text sources are stdlib and file:PATH, for example file:notes.txt"
+
+
+def _path_error(path: str) -> str | None:
+    return None if path.strip() else "is empty; give a folder, a hub id or a name from `quantlab ls models`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The float model.
+
+    Attributes:
+        path: a local folder, a hub id, or an alias such as "demo".
+        dtype: what the model is computed in; "auto" is the dtype of its weights.
+    """
+
+    path: str = field(default="demo", metadata=_checked(_path_error))
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSection:
+    """The text whose activations the method sees.
+
+    Attributes:
+        name: "stdlib" or "file:PATH".
+        num_samples: number of token windows.
+        sequence_length: tokens per window.
+    """
+
+    name: str = field(default="stdlib", metadata=_checked(_source_error))
+    num_samples: int = field(default=128, metadata=_number(minimum=1))
+    sequence_length: int = field(default=2048, metadata=_number(minimum=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSection:
+    """The method and its storage budget; the method's own options stand beside them in the file.
+
+    Attributes:
+        name: an installed method, see `quantlab ls methods`.
+        bits: code width.
+        group_size: inputs that share a codebook; None means one codebook per output row.
+        preset: a named set of the method's options; options written out override it.
+        options: the method's own options, as given.
+    """
+
+    name: str = field(metadata={"needed": "name a method of `quantlab ls methods`, for example `name: ganq`"})
+    bits: int = field(
+        metadata={**_number(minimum=2, maximum=8), "needed": "give the code width, for example `bits: 4`"}
+    )
+    group_size: int | None = field(default=None, metadata=_number(minimum=1))
+    preset: str | None = None
+    options: Mapping[str, object] = field(default_factory=dict, metadata={"collects_rest": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSection:
+    """What is measured afterwards, on the float and on the quantized model.
+
+    Attributes:
+        perplexity: text sources; empty to skip evaluation.
+        sequence_length: tokens per window; at least 2, since a window's first token is not predicted.
+        num_windows: windows per source; None means all.
+    """
+
+    perplexity: tuple[str, ...] = field(default=("stdlib",), metadata=_checked(_source_error))
+    sequence_length: int = field(default=2048, metadata=_number(minimum=2))
+    num_windows: int | None = field(default=None, metadata=_number(minimum=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A run, completely described.
+
+    Attributes:
+        version: version of the recipe format.
+        seed: source of all randomness: calibration windows and methods.
+        model: the float model.
+        calibration: what the method sees.
+        method: the method and its budget.
+        evaluation: what is measured.
+    """
+
+    version: Literal[1] = field(metadata={"needed": "begin the recipe with `version: 1`"})
+    seed: int = field(default=0, metadata=_number(minimum=0))
+    model: ModelSection = field(default_factory=ModelSection)
+    calibration: CalibrationSection = field(default_factory=CalibrationSection)
+    method: MethodSection = field(metadata={"needed": "add a section with at least a name and bits"})
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)

@@ -1,0 +1,98 @@
+"""Choosing codes with error feedback: one triangular sweep, shared by GPTQ and by GANQ's assignment step.
+
+With the damped Hessian H = L Lᵀ and the error e = w - ŵ of one row, the loss splits into one term per input,
+
+    e H eᵀ = ||e L||² = sum_j L_jj² (v_j - ŵ_j)²,        v_j = w_j + sum_{u > j} e_u L_uj / L_jj.
+
+The target v_j depends only on the errors of inputs behind j. So the sweep runs from the last input to the first and
+rounds each target to its nearest level: the weight, shifted to make up for the errors already made.
+
+This is back substitution (GANQ, arXiv:2501.12956, Eq. 20), it is Babai's nearest-plane algorithm, and on reversed
+inputs it is GPTQ (arXiv:2210.17323), whose inverse factor plays the part of L (arXiv:2507.18553). Compared with
+GPTQ's own form there is no matrix inverse, and targets refer to the original weights.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantlab.solvers.cholesky import damped_cholesky
+from quantlab.solvers.nearest import ColumnRounder
+from quantlab.solvers.order import inverse_order
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SweepFactor:
+    """A Hessian, factored for sweeps; it serves every weight with the same inputs.
+
+    Attributes:
+        columns: (in_features,) int64, the inputs in the order of the factor: the *last* is quantized first.
+        feedback: (in_features, in_features), L with its columns divided by its diagonal. Entry (u, j), u > j, is
+            how much of the error of input `columns[u]` moves the target of input `columns[j]`.
+        damping: the fraction of the mean diagonal that was actually added to the Hessian.
+    """
+
+    columns: Tensor
+    feedback: Tensor
+    damping: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Assignment:
+    """Codes chosen by a sweep, in the natural order of columns.
+
+    Attributes:
+        codes: (out_features, in_features) uint8.
+        error: (out_features, in_features), the weight minus the levels that the codes select.
+    """
+
+    codes: Tensor
+    error: Tensor
+
+
+def factor_for_sweep(hessian: Tensor, order: Tensor, damping: float, dtype: torch.dtype) -> SweepFactor:
+    """Factor a Hessian for quantizing inputs in a given order.
+
+    Args:
+        hessian: (in_features, in_features), undamped.
+        order: (in_features,) int64, the input quantized first, second, and so on.
+        damping: fraction of the mean diagonal to add; see `damped_cholesky`.
+        dtype: precision of the feedback; the factorisation itself is in float64.
+
+    Raises:
+        NumericalError: the Hessian is not positive semi-definite.
+    """
+    columns = order.flip(0)
+    factor = damped_cholesky(hessian[columns][:, columns], damping)
+    feedback = factor.lower / factor.lower.diagonal()
+    return SweepFactor(columns=columns, feedback=feedback.to(dtype).contiguous(), damping=factor.damping)
+
+
+def sweep(weight: Tensor, factor: SweepFactor, nearest: ColumnRounder, *, block_size: int = 128) -> Assignment:
+    """Round every weight to the level nearest to its target, feeding errors back into later targets.
+
+    Errors of finished blocks reach a block's targets through one matrix product; only within a block they travel
+    column by column. The block size changes speed and rounding, not the mathematics.
+
+    Args:
+        weight: (out_features, in_features) in the dtype of the factor.
+        factor: of the Hessian of the layer's inputs.
+        nearest: rounds one column of targets.
+        block_size: columns per block.
+    """
+    # One row per input, so that a step of the sweep works on contiguous memory for all output rows at once.
+    values = weight.T[factor.columns]
+    error = torch.empty_like(values)
+    codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    feedback, columns = factor.feedback, factor.columns.tolist()
+    for end in range(len(columns), 0, -block_size):
+        start = max(0, end - block_size)
+        targets = torch.addmm(values[start:end], feedback[end:, start:end].T, error[end:])
+        for row in range(end - 1, start - 1, -1):
+            within = row - start
+            codes[row], levels = nearest(columns[row], targets[within])
+            torch.sub(values[row], levels, out=error[row])
+            targets[:within].addr_(feedback[row, start:row], error[row])
+    natural = inverse_order(factor.columns)
+    return Assignment(codes=codes[natural].T.contiguous(), error=error[natural].T.contiguous())

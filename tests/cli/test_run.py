@@ -1,0 +1,111 @@
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from quantlab.cli.app import invoke
+from quantlab.errors import UsageError
+from quantlab.progress import NoProgress
+
+
+@pytest.fixture
+def pipeline(monkeypatch, tmp_path):
+    """Stands in for the pipeline and the model folder; remembers its calls."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("quantlab.models.resolve_model", lambda name: tmp_path / "model" / name)
+    calls = SimpleNamespace(free=[], executed=None, planned=None)
+
+    def execute(loaded, quantizer, model_folder, output_dir, progress, command):
+        calls.executed = SimpleNamespace(**locals())
+        output_dir.mkdir(parents=True)
+        (output_dir / "manifest.json").write_text(json.dumps(MANIFEST))
+        (output_dir / "eval.json").write_text('{"perplexity": {}}')
+        return output_dir
+
+    def plan_run(recipe, model_folder):
+        calls.planned = (recipe, model_folder)
+        return SimpleNamespace(rows=lambda: [("bits", str(recipe.method.bits)), ("layers", "35")])
+
+    stub = SimpleNamespace(execute=execute, plan_run=plan_run, require_free=calls.free.append)
+    monkeypatch.setitem(sys.modules, "quantlab.pipeline", stub)
+    calls.stub = stub
+    return calls
+
+
+MANIFEST = {
+    "model": {"parameters": 1000},
+    "method": {"name": "ganq"},
+    "bits": 3,
+    "group_size": None,
+    "bits_per_weight": 3.25,
+    "checkpoint_bytes": 900,
+    "source_bytes": 2000,
+    "peak_rss_bytes": 5000,
+    "stages_s": {"quantize": 1.5},
+}
+
+
+def test_run_executes_the_recipe_and_prints_the_result(pipeline, capsys, tmp_path):
+    arguments = ["run", "ganq_w4", "--set", "method.bits=3", "--output_dir", "out", "-q"]
+    assert invoke(arguments) == 0
+    executed = pipeline.executed
+    assert executed.loaded.recipe.method.bits == 3
+    assert executed.quantizer.info.name == "ganq"
+    assert executed.model_folder == tmp_path / "model" / "demo"
+    assert isinstance(executed.progress, NoProgress)
+    assert executed.command == "quantlab run ganq_w4 --set method.bits=3 --output_dir out -q"
+    output = capsys.readouterr().out
+    assert "ganq 3-bit" in output
+    assert "3.250" in output
+    assert "run folder: out" in output
+
+
+def test_output_folder_is_named_after_recipe_and_model(pipeline):
+    assert invoke(["run", "ganq_w4", "--model", "facebook/opt-125m", "-q"]) == 0
+    assert str(pipeline.executed.output_dir) == "runs/ganq_w4-opt-125m"
+    assert pipeline.executed.loaded.origins["model.path"] == "--model"
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(pipeline, capsys, tmp_path):
+    assert invoke(["run", "ganq_w4", "--dry-run"]) == 0
+    assert pipeline.executed is None
+    assert capsys.readouterr().out.splitlines() == [
+        "bits           4",
+        "layers         35",
+        "output folder  runs/ganq_w4-demo",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_occupied_output_folder_is_refused_before_any_work(pipeline, monkeypatch, capsys):
+    def refuse(folder):
+        raise UsageError(f"{folder} is not empty")
+
+    pipeline.stub.require_free = refuse
+    monkeypatch.setattr("quantlab.models.resolve_model", lambda name: pytest.fail("work was done"))
+    assert invoke(["run", "ganq_w4", "--output-dir", "full"]) == 2
+    assert "full is not empty" in capsys.readouterr().err
+    assert pipeline.executed is None
+
+
+def test_progress_goes_to_stderr_so_that_stdout_is_the_result(pipeline, capsys):
+    execute = pipeline.stub.execute
+
+    def execute_with_progress(*arguments):
+        progress = arguments[4]
+        progress.begin("quantizing", 1, "layers")
+        progress.advance(detail="block 1/1")
+        return execute(*arguments)
+
+    pipeline.stub.execute = execute_with_progress
+    assert invoke(["run", "ganq_w4"]) == 0
+    captured = capsys.readouterr()
+    assert "quantizing: 1 layers" in captured.err
+    assert "block 1/1" in captured.err
+    assert "quantizing" not in captured.out
+
+
+def test_arguments_with_spaces_are_quoted_in_the_recorded_command(pipeline):
+    assert invoke(["run", "ganq_w4", "-q", "--output-dir", "my runs"]) == 0
+    assert pipeline.executed.command == "quantlab run ganq_w4 -q --output-dir 'my runs'"

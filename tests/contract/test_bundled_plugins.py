@@ -1,0 +1,53 @@
+"""The methods that come with quantlab keep the contract that they ask of others."""
+
+import pytest
+import torch
+
+from quantlab import registry
+from quantlab.testing import Status, check_quantizer, parametrize_with_checks
+
+BUNDLED = ("ganq", "gptq", "kmeans", "rtn")
+PRESETS = [(name, preset) for name in BUNDLED for preset in registry.load(name).info.presets]
+
+
+def test_all_bundled_methods_are_offered_by_this_distribution():
+    offered = [name for name, entry in registry.available().items() if entry.distribution == "quantlab-ptq"]
+    assert tuple(offered) == BUNDLED
+
+
+@parametrize_with_checks([registry.configure(name) for name in BUNDLED])
+def test_bundled_method_keeps_the_contract(quantizer, check):
+    check(quantizer)
+
+
+@parametrize_with_checks([registry.configure(name, preset=preset) for name, preset in PRESETS])
+def test_preset_keeps_the_contract(quantizer, check):
+    check(quantizer)
+
+
+@parametrize_with_checks([registry.configure("gptq", options={"column_order": "natural", "block_size": 7})])
+def test_gptq_in_natural_order_with_ragged_blocks_keeps_the_contract(quantizer, check):
+    check(quantizer)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_method_keeps_the_contract_on_a_gpu(name):
+    results = check_quantizer(registry.configure(name), device="cuda")
+    assert [result for result in results if result.status is Status.FAILED] == []
+
+
+def test_symmetric_rounding_gives_up_what_its_grid_cannot_represent():
+    # A grid centred on zero wastes levels on skewed rows; at 2 bits it has no level at both ends of a row's range.
+    reason = "the grid is centred on zero"
+    expected = dict.fromkeys(
+        (
+            "weights_on_a_grid_are_reproduced",
+            "loss_does_not_exceed_that_of_rounding",
+            "constant_rows_are_reproduced",
+        ),
+        reason,
+    )
+    results = check_quantizer(registry.configure("rtn", options={"symmetric": True}), expected_failures=expected)
+    assert [result for result in results if result.status is Status.FAILED] == []

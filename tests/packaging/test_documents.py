@@ -1,0 +1,36 @@
+"""What the documents tell people to type must be what works."""
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from quantlab.testing import check_quantizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_methods_of_the_tutorial_pass_the_contract():
+    blocks = re.findall(
+        r"<!-- tutorial: (\w+)\.py -->\n```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S
+    )
+    assert len(blocks) == 1
+    name, source = blocks[0]
+    module = ModuleType(name)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        exec(compile(source, f"{name}.py", "exec"), vars(module))
+        failed = [result for result in check_quantizer(module.ClippedQuantizer()) if not result.passed]
+    finally:
+        del sys.modules[name]
+    assert failed == []
+
+
+@pytest.mark.parametrize("name", ["main job", "tests"])
+def test_the_readme_has_the_commands_that_continuous_integration_runs(name):
+    match = re.search(rf"<!-- command: {name} -->\n```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert match is not None
+    assert "pip install -c constraints.txt" in match[1]
+    assert match[1].count("\n") == 1, "one command, one line"

@@ -1,0 +1,151 @@
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from quantlab.api import CodebookSpec, Lut, Outliers, QuantizedLayer, UniformGrid
+from quantlab.checkpoint.format import ModuleSpec
+from quantlab.errors import NumericalError
+from quantlab.runtime import LutLinear, storage_layout
+
+ROWS, COLUMNS, BITS, GROUP = 5, 40, 3, 20
+SPEC = CodebookSpec(bits=BITS, group_size=GROUP)
+
+
+def lut_layer(outliers=None):
+    torch.manual_seed(0)
+    codes = torch.randint(0, 8, (ROWS, COLUMNS), dtype=torch.uint8)
+    return QuantizedLayer(codes=codes, codebook=Lut(values=torch.randn(ROWS, 2, 8)), outliers=outliers)
+
+
+def uniform_layer():
+    grid = UniformGrid(scale=torch.rand(ROWS, 2) + 0.1, zero=torch.randint(0, 8, (ROWS, 2)).float(), bits=BITS)
+    return QuantizedLayer(codes=lut_layer().codes, codebook=grid)
+
+
+def some_outliers():
+    return Outliers(
+        rows=torch.tensor([0, 0, 4]), columns=torch.tensor([1, 39, 0]), values=torch.tensor([0.5, -2.0, 4.0])
+    )
+
+
+def rounded(layer):
+    """The layer whose codebook already has float16 values, so that storing it loses nothing."""
+    book = layer.codebook
+    if isinstance(book, Lut):
+        book = Lut(values=book.values.half().float())
+    else:
+        book = UniformGrid(scale=book.scale.half().float(), zero=book.zero.half().float(), bits=book.bits)
+    return QuantizedLayer(codes=layer.codes, codebook=book, outliers=layer.outliers)
+
+
+LAYERS = {"lut": lut_layer, "uniform": uniform_layer, "outliers": lambda: lut_layer(some_outliers())}
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request):
+    return LAYERS[request.param]()
+
+
+def test_stored_weight_is_the_dequantized_layer_up_to_float16(layer):
+    module = LutLinear.from_layer(layer, SPEC, None)
+    assert torch.equal(module.dequantize(), rounded(layer).dequantize())
+    torch.testing.assert_close(module.dequantize(), layer.dequantize(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_forward_multiplies_with_exactly_the_dequantized_weight(layer, dtype):
+    bias = torch.randn(ROWS, dtype=dtype)
+    module = LutLinear.from_layer(layer, SPEC, bias)
+    x = torch.randn(2, 3, COLUMNS, dtype=dtype)
+    assert torch.equal(module(x), linear(x, module.dequantize().to(dtype), bias))
+
+
+def test_a_placeholder_filled_from_a_state_dict_is_the_same_layer(layer):
+    module = LutLinear.from_layer(layer, SPEC, torch.randn(ROWS))
+    placeholder = LutLinear.empty(module.spec)
+    assert all(tensor.is_meta for tensor in placeholder.state_dict().values())
+    placeholder.load_state_dict(module.state_dict(), assign=True)
+    x = torch.randn(4, COLUMNS)
+    assert torch.equal(placeholder(x), module(x))
+
+
+def test_casting_the_module_keeps_the_stored_weight_and_casts_the_bias(layer):
+    module = LutLinear.from_layer(layer, SPEC, torch.randn(ROWS))
+    stored = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        cast = copy.deepcopy(module).to(dtype)
+        assert {name: tensor.dtype for name, tensor in cast.state_dict().items()} == stored | {"bias": dtype}
+        assert torch.equal(cast.dequantize(), module.dequantize())
+
+
+def test_moving_the_module_moves_everything(layer):
+    module = LutLinear.from_layer(layer, SPEC, torch.randn(ROWS)).to("meta", torch.bfloat16)
+    assert all(tensor.is_meta for tensor in module.state_dict().values())
+
+
+def test_storage_counts_words_codebook_and_outliers_but_not_the_bias():
+    words = 32 * BITS * ROWS * 2  # 40 columns take two words per row and plane
+    bias = torch.zeros(ROWS)
+    assert LutLinear.from_layer(lut_layer(), SPEC, bias).storage_bits == words + 16 * ROWS * 2 * 8
+    assert LutLinear.from_layer(uniform_layer(), SPEC, bias).storage_bits == words + 2 * 16 * ROWS * 2
+    with_outliers = LutLinear.from_layer(lut_layer(some_outliers()), SPEC, bias)
+    assert with_outliers.storage_bits == words + 16 * ROWS * 2 * 8 + 32 * (ROWS + 1) + 3 * (32 + 16)
+
+
+def test_an_empty_list_of_outliers_is_stored_as_none():
+    nothing = torch.zeros(0, dtype=torch.int64)
+    module = LutLinear.from_layer(lut_layer(Outliers(rows=nothing, columns=nothing, values=torch.zeros(0))), SPEC, None)
+    assert module.spec.outliers == 0
+    assert set(module.state_dict()) == {"packed_codes", "codebook"}
+
+
+def test_the_spec_describes_the_layer():
+    module = LutLinear.from_layer(lut_layer(some_outliers()), SPEC, torch.zeros(ROWS))
+    assert module.spec == ModuleSpec(ROWS, COLUMNS, BITS, GROUP, "lut", 3, True)
+    assert (module.in_features, module.out_features) == (COLUMNS, ROWS)
+
+
+def test_one_codebook_per_row_is_one_group():
+    layer = QuantizedLayer(codes=lut_layer().codes, codebook=Lut(values=torch.randn(ROWS, 1, 8)))
+    module = LutLinear.from_layer(layer, CodebookSpec(bits=BITS), None)
+    assert torch.equal(module.dequantize(), rounded(layer).dequantize())
+
+
+@pytest.mark.parametrize("value", [7e4, float("nan"), float("-inf")])
+def test_values_that_float16_cannot_hold_are_refused(value):
+    layer = lut_layer()
+    layer.codebook.values[1, 0, 2] = value
+    with pytest.raises(NumericalError, match=r"codebook .*float16, which ends at 65504"):
+        LutLinear.from_layer(layer, SPEC, None)
+
+
+def test_a_layer_of_another_budget_is_refused():
+    with pytest.raises(ValueError, match=r"codebook is torch.float16 of shape \(5, 2, 8\); expected .*\(5, 1, 8\)"):
+        LutLinear.from_layer(lut_layer(), CodebookSpec(bits=BITS), None)
+    with pytest.raises(ValueError, match="codes of 2 bits end at 3"):
+        LutLinear.from_layer(lut_layer(), CodebookSpec(bits=2, group_size=GROUP), None)
+
+
+def test_tensors_that_are_missing_or_unexpected_are_refused():
+    spec = ModuleSpec(ROWS, COLUMNS, BITS, None, "lut", 0, False)
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in storage_layout(spec).items()}
+    with pytest.raises(ValueError, match=r"stores \['codebook', 'packed_codes'\]"):
+        LutLinear(spec, tensors | {"scale": torch.zeros(1)}, None)
+    with pytest.raises(ValueError, match="bias has shape"):
+        LutLinear(spec, tensors, torch.zeros(ROWS))
+
+
+def test_the_bias_is_a_copy():
+    bias = torch.zeros(ROWS)
+    module = LutLinear.from_layer(lut_layer(), SPEC, bias)
+    bias += 1
+    assert not module.bias.any()
+
+
+def test_the_module_compiles_into_one_graph(layer):
+    module = LutLinear.from_layer(layer, SPEC, torch.randn(ROWS))
+    x = torch.randn(3, COLUMNS)
+    with torch.inference_mode():
+        assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x), module(x))
