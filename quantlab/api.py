@@ -219,8 +219,10 @@ class QuantizedLayer:
         codes: (out_features, in_features) uint8, unpacked, each below 2**bits.
         codebook: what the codes select from; column j belongs to group j // group_size.
         outliers: sparse additive corrections, or None.
-        diagnostics: finite numbers worth reporting. "loss", if present, is the layer loss with the undamped
-            Hessian and is verified by the engine.
+        diagnostics: finite numbers worth reporting. Two names are reserved. "loss" is the layer loss with the
+            undamped Hessian, verified by the engine. "fallbacks" counts departures from the options that the data
+            forced on the method, such as more damping than asked for; unless the recipe allows them, they end the
+            run.
     """
 
     codes: Tensor

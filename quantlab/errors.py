@@ -1,5 +1,8 @@
 """Every error that quantlab raises on purpose, each with the exit code of the command line."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class QuantlabError(Exception):
     """Base class. The message says what is wrong, where, why, and what to try; no traceback is needed."""
@@ -51,3 +54,9 @@ class PluginError(QuantlabError):
 
 class NumericalError(QuantlabError):
     """A layer cannot be solved in floating point; the message names the layer's data and what was tried."""
+
+
+def did_you_mean(word: object, candidates: Iterable[str]) -> str:
+    """A hint at the most similar candidate, to be put behind a message; empty if none is similar."""
+    matches = difflib.get_close_matches(str(word), list(candidates), n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantlab.errors import ModelError
-from quantlab.recipe.problems import did_you_mean
+from quantlab.errors import ModelError, did_you_mean
 
 DEMO = "demo"
 

@@ -8,11 +8,12 @@ import json
 import math
 import platform
 import resource
+import shlex
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,8 +34,9 @@ from quantlab.engine.linears import find_linears, require_quantizable, weight_of
 from quantlab.engine.stream import StreamResult, quantize_model
 from quantlab.errors import ModelError, QualityError, RecipeError, UsageError
 from quantlab.evaluate.perplexity import perplexity
-from quantlab.progress import Progress
-from quantlab.recipe import LoadedRecipe, Recipe, dump_recipe
+from quantlab.models import model_label, resolve_model
+from quantlab.progress import NoProgress, Progress
+from quantlab.recipe import LoadedRecipe, Recipe, check_method, dump_recipe, load_recipe
 from quantlab.report.markdown import write_markdown
 from quantlab.skeleton import build_skeleton, find_blocks, load_model, read_config, weight_files
 
@@ -104,6 +106,46 @@ def plan_run(recipe: Recipe, model_folder: Path) -> Plan:
         largest_hessian_bytes=4 * max(shape[1] for shape in shapes) ** 2,
         source_bytes=sum(file.stat().st_size for file in weight_files(model_folder)),
     )
+
+
+def run(
+    source: str | Path,
+    *,
+    model: str | None = None,
+    overrides: Sequence[str] = (),
+    output_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Carry out a recipe, as `quantlab run` does.
+
+    Args:
+        source: a recipe file, or the name of a built-in recipe.
+        model: replaces the recipe's model: a folder, a hub id or an alias.
+        overrides: assignments such as "method.bits=3".
+        output_dir: the run folder to create; None means runs/RECIPE-MODEL.
+        progress: is told about every stage.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        QuantlabError: anything that keeps the run from completing; nothing is left behind.
+    """
+    loaded = load_recipe(source, overrides, model=model)
+    arguments = ["run", str(source), *(["--model", model] if model else []), *(f"--set={item}" for item in overrides)]
+    return execute(
+        loaded,
+        check_method(loaded),
+        resolve_model(loaded.recipe.model.path),
+        output_dir or default_output_dir(loaded),
+        progress or NoProgress(),
+        shlex.join(["quantlab", *arguments]),
+    )
+
+
+def default_output_dir(loaded: LoadedRecipe) -> Path:
+    """runs/RECIPE-MODEL."""
+    return Path("runs") / f"{loaded.path.stem}-{model_label(loaded.recipe.model.path)}"
 
 
 def execute(
@@ -194,7 +236,15 @@ class _Run:
         writer = CheckpointWriter(self.folder / MODEL_FOLDER)
         spec = CodebookSpec(bits=recipe.method.bits, group_size=recipe.method.group_size)
         stream = quantize_model(
-            self.model_folder, writer, self.quantizer, spec, calibration.ids, self.dtype, recipe.seed, self.progress
+            self.model_folder,
+            writer,
+            self.quantizer,
+            spec,
+            calibration.ids,
+            self.dtype,
+            recipe.seed,
+            recipe.allow_fallbacks,
+            self.progress,
         )
         method = {"name": self.quantizer.info.name, "options": _options(self.quantizer)}
         producer = {"name": "quantlab-ptq", "version": __version__}
@@ -281,7 +331,7 @@ class _Run:
             "wall_s": round(time.monotonic() - self.started, 3),
             "stages_s": self.stages_s,
             "layers": [asdict(layer) for layer in stream.layers],
-            "fallbacks": [],
+            "fallbacks": [layer.name for layer in stream.layers if layer.diagnostics.get("fallbacks", 0) > 0],
             "calibration": {
                 "name": calibration.source,
                 "num_samples": calibration.ids.shape[0],

@@ -6,17 +6,16 @@ The environment variable QUANTLAB_PLUGINS=ganq,rtn restricts what is found to th
 """
 
 import dataclasses
-import difflib
 import inspect
 import math
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
-from quantlab.errors import PluginError, RecipeError
+from quantlab.errors import PluginError, RecipeError, did_you_mean
 
 if typing.TYPE_CHECKING:
     from quantlab.api import LayerQuantizer
@@ -112,12 +111,12 @@ def option_errors(method_class: type["LayerQuantizer"], options: Mapping[str, ob
     errors = {}
     for option, value in options.items():
         if option not in annotations:
-            hint = _did_you_mean(option, annotations)
+            hint = did_you_mean(option, annotations)
             valid = ", ".join(sorted(annotations)) or "none, this method has no options"
             errors[option] = f"unknown option{hint}; valid options: {valid}"
         elif not _fits(value, annotations[option]):
             expected = _describe(annotations[option])
-            hint = _did_you_mean(value, _literal_values(annotations[option]))
+            hint = did_you_mean(value, _literal_values(annotations[option]))
             errors[option] = f"expected {expected}, got {type(value).__name__} {value!r}{hint}"
     return errors
 
@@ -225,7 +224,7 @@ def _preset_values(method_class: type["LayerQuantizer"], preset: str | None) -> 
         return {}
     if preset not in presets:
         known = ", ".join(sorted(presets)) or "none"
-        hint = _did_you_mean(preset, presets)
+        hint = did_you_mean(preset, presets)
         raise RecipeError(f"method {method_class.info.name!r} has no preset {preset!r}{hint}; its presets: {known}")
     return presets[preset]
 
@@ -243,7 +242,7 @@ def _find(name: str) -> PluginEntry:
             "out; add it there, or unset the variable"
         )
     installed = sorted(_permitted_claims())
-    hint = _did_you_mean(name, installed)
+    hint = did_you_mean(name, installed)
     raise PluginError(f"method {name!r} is not installed{hint}; installed methods: {', '.join(installed) or 'none'}")
 
 
@@ -252,7 +251,7 @@ def _permitted_claims() -> dict[str, list[PluginEntry]]:
     permitted = [name.strip() for name in os.environ.get(RESTRICTION_VARIABLE, "").split(",") if name.strip()]
     for name in permitted:
         if name not in claims:
-            hint = _did_you_mean(name, claims)
+            hint = did_you_mean(name, claims)
             raise PluginError(
                 f"{RESTRICTION_VARIABLE} names {name!r}, which is not installed{hint}; "
                 f"installed methods: {', '.join(claims) or 'none'}"
@@ -268,8 +267,3 @@ def _all_claims() -> dict[str, list[PluginEntry]]:
         entry = PluginEntry(name=point.name, target=point.value, distribution=distribution, version=version)
         claims.setdefault(point.name, []).append(entry)
     return claims
-
-
-def _did_you_mean(word: object, candidates: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(str(word), list(candidates), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -60,6 +60,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
             )
     except ValueError as error:
         raise ModelError(f"architecture {config.model_type!r} is not a causal language model: {error}") from error
+    model.tie_weights()  # part of the initialisation that is left out
     model.eval()
     return model
 

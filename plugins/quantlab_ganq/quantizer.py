@@ -69,7 +69,7 @@ class GanqQuantizer:
             raise ValueError(f"damping={self.damping} must be finite and not negative")
 
     def quantize(self, problem: LayerProblem) -> QuantizedLayer:
-        """Quantize one layer; diagnostics are its loss and the damping that was needed."""
+        """Quantize one layer; diagnostics are its loss and the damping needed, a fallback if more than asked for."""
         check_request(problem, self.info)
         hessian = problem.require_hessian()
         weight = problem.weight.to(working_dtype(problem.weight, hessian))
@@ -79,7 +79,7 @@ class GanqQuantizer:
         best = _best_per_row(self._iterates(weight, hessian, factor, start), weight, hessian)
         lut = Lut(values=best.levels[:, None].float())
         layer = QuantizedLayer(codes=_with_dead_rounded(best.codes, lut, weight, hessian), codebook=lut)
-        return with_loss(layer, problem, damping=factor.damping)
+        return with_loss(layer, problem, damping=factor.damping, fallbacks=float(factor.damping > self.damping))
 
     def _iterates(self, weight: Tensor, hessian: Tensor, factor: SweepFactor, levels: Tensor) -> Iterator[Codebooks]:
         hessian = hessian.to(weight.dtype)

@@ -46,7 +46,7 @@ class GptqQuantizer:
             raise ValueError(f"block_size={self.block_size} must be at least 1")
 
     def quantize(self, problem: LayerProblem) -> QuantizedLayer:
-        """Quantize one layer; diagnostics are its loss and the damping that was needed."""
+        """Quantize one layer; diagnostics are its loss and the damping needed, a fallback if more than asked for."""
         check_request(problem, self.info)
         hessian = problem.require_hessian()
         weight = problem.weight.to(working_dtype(problem.weight, hessian))
@@ -55,4 +55,4 @@ class GptqQuantizer:
         factor = factor_for_sweep(hessian, order, self.damping, weight.dtype)
         assignment = sweep(weight, factor, GridRounder(grid, problem.in_features), block_size=self.block_size)
         layer = QuantizedLayer(codes=assignment.codes, codebook=as_stored(grid))
-        return with_loss(layer, problem, damping=factor.damping)
+        return with_loss(layer, problem, damping=factor.damping, fallbacks=float(factor.damping > self.damping))

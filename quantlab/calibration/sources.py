@@ -8,6 +8,13 @@ from quantlab.errors import DataError
 FILE_PREFIX = "file:"
 
 
+def source_error(name: str) -> str | None:
+    """What is wrong with the name of a source, or None; says nothing about whether it can be read."""
+    if name == "stdlib" or (name.startswith(FILE_PREFIX) and name != FILE_PREFIX):
+        return None
+    return f"is {name!r}; the text sources are stdlib and file:PATH, for example file:notes.txt"
+
+
 def load_documents(name: str, split: Split) -> list[str]:
     """The documents of a source, in a fixed order.
 
@@ -16,11 +23,12 @@ def load_documents(name: str, split: Split) -> list[str]:
     Raises:
         DataError: the source is unknown, missing, unreadable or empty.
     """
-    if name == "stdlib":
-        return list(read_documents(split).values())
+    error = source_error(name)
+    if error is not None:
+        raise DataError(f"the text source {error}")
     if name.startswith(FILE_PREFIX):
         return [_read_file(Path(name.removeprefix(FILE_PREFIX)).expanduser())]
-    raise DataError(f"unknown text source {name!r}; known are 'stdlib' and 'file:PATH'")
+    return list(read_documents(split).values())
 
 
 def _read_file(path: Path) -> str:

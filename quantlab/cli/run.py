@@ -44,14 +44,15 @@ def run(
     all measurements and report.md; it appears only when the run is complete.
     """
     from quantlab.cli.progress import choose_progress
-    from quantlab.models import model_label, resolve_model
+    from quantlab.models import resolve_model
     from quantlab.recipe import check_method, load_recipe
 
     loaded = load_recipe(recipe, overrides, model=model)
-    folder = output_dir or Path("runs") / f"{loaded.path.stem}-{model_label(loaded.recipe.model.path)}"
 
-    from quantlab.pipeline import execute, plan_run, require_free  # imports torch: not before the recipe is known good
+    # Imports torch: not before the recipe is known good.
+    from quantlab.pipeline import default_output_dir, execute, plan_run, require_free
 
+    folder = output_dir or default_output_dir(loaded)
     require_free(folder)
     quantizer = check_method(loaded)
     model_folder = resolve_model(loaded.recipe.model.path)

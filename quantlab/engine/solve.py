@@ -24,7 +24,7 @@ from quantlab.api import (
     layer_loss,
 )
 from quantlab.engine.linears import bias_of, weight_of
-from quantlab.errors import PluginError
+from quantlab.errors import PluginError, QualityError
 from quantlab.runtime import LutLinear
 from quantlab.solvers.grid import round_to_nearest
 
@@ -64,6 +64,7 @@ def solve_layers(
     quantizer: LayerQuantizer,
     spec: CodebookSpec,
     seed: int,
+    allow_fallbacks: bool,
 ) -> dict[str, tuple[LutLinear, LayerResult]]:
     """Quantize layers that share one input.
 
@@ -73,15 +74,19 @@ def solve_layers(
         quantizer: the method.
         spec: the storage budget of every layer.
         seed: the run's seed; each problem derives its own from it and its name.
+        allow_fallbacks: whether the method may depart from its options.
 
     Raises:
         PluginError: the method broke its contract.
+        QualityError: the method departed from its options, and may not.
     """
     stacks = [list(linears)] if quantizer.info.row_independent else [[name] for name in linears]
     return {
         name: solved
         for names in stacks
-        for name, solved in _solve_stack({n: linears[n] for n in names}, statistics, quantizer, spec, seed).items()
+        for name, solved in _solve_stack(
+            {name: linears[name] for name in names}, statistics, quantizer, spec, seed, allow_fallbacks
+        ).items()
     }
 
 
@@ -91,6 +96,7 @@ def _solve_stack(
     quantizer: LayerQuantizer,
     spec: CodebookSpec,
     seed: int,
+    allow_fallbacks: bool,
 ) -> dict[str, tuple[LutLinear, LayerResult]]:
     weights = {name: weight_of(linear).detach() for name, linear in linears.items()}
     stack_name = " + ".join(weights)
@@ -103,6 +109,12 @@ def _solve_stack(
     )
     answer = quantizer.quantize(problem)
     verify_answer(problem, answer, statistics.hessian)
+    if answer.diagnostics.get("fallbacks", 0) > 0 and not allow_fallbacks:
+        reported = ", ".join(f"{key}={value:g}" for key, value in answer.diagnostics.items())
+        raise QualityError(
+            f"{stack_name}: {quantizer.info.name} could not keep to its options on this layer ({reported}); change "
+            "the options, calibrate on more text, or accept it with allow_fallbacks: true"
+        )
 
     solved = {}
     parts = split_rows(answer, [weight.shape[0] for weight in weights.values()])

@@ -56,6 +56,7 @@ def quantize_model(
     calibration_ids: Tensor,
     dtype: torch.dtype,
     seed: int,
+    allow_fallbacks: bool,
     progress: Progress,
 ) -> StreamResult:
     """Quantize every linear layer inside the decoder blocks of a causal LM.
@@ -70,11 +71,13 @@ def quantize_model(
         calibration_ids: (samples, tokens) token ids.
         dtype: what the model computes in.
         seed: source of all randomness.
+        allow_fallbacks: whether the method may depart from its options.
         progress: is told about every finished layer.
 
     Raises:
         ModelError: the model cannot be streamed.
         PluginError: the method broke its contract.
+        QualityError: the method departed from its options, and may not.
     """
     config = read_config(source)
     model = build_skeleton(config, dtype)
@@ -104,7 +107,8 @@ def quantize_model(
         for group in groups:
             statistics = _collect(driver, index, original[group[0]], hidden, recorded)
             layers = {f"{name}.{layer}": original[layer] for layer in group}
-            for layer, (module, result) in solve_layers(layers, statistics, quantizer, spec, seed).items():
+            solved = solve_layers(layers, statistics, quantizer, spec, seed, allow_fallbacks)
+            for layer, (module, result) in solved.items():
                 model.set_submodule(layer, module)
                 modules[layer] = module.spec
                 results.append(result)

@@ -7,8 +7,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from quantlab.errors import did_you_mean
 from quantlab.recipe.document import Node
-from quantlab.recipe.problems import Problem, did_you_mean
+from quantlab.recipe.problems import Problem
 from quantlab.recipe.schema import Recipe
 
 DEFAULT_ORIGIN = "default"

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import quantlab
-from quantlab.errors import RecipeError
+from quantlab.errors import RecipeError, did_you_mean
 from quantlab.recipe.build import RecipeBuilder
 from quantlab.recipe.document import DocumentError, Node, read_document
-from quantlab.recipe.problems import Problem, did_you_mean, recipe_error
+from quantlab.recipe.problems import Problem, recipe_error
 from quantlab.recipe.schema import Recipe
 
 MAX_BYTES = 1_000_000

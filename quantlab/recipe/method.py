@@ -3,9 +3,9 @@
 import typing
 
 from quantlab import registry
-from quantlab.errors import PluginError, RecipeError
+from quantlab.errors import PluginError, RecipeError, did_you_mean
 from quantlab.recipe.load import LoadedRecipe
-from quantlab.recipe.problems import Problem, did_you_mean, recipe_error
+from quantlab.recipe.problems import Problem, recipe_error
 
 if typing.TYPE_CHECKING:  # imports torch, which reading a recipe must not
     from quantlab.api import LayerQuantizer, QuantizerInfo

@@ -1,8 +1,7 @@
 """What is wrong with a recipe: collected first, reported all at once."""
 
-import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantlab.errors import RecipeError
@@ -32,9 +31,3 @@ def _line(problem: Problem) -> float:
     """The order of reading: lines of the file first, then overrides."""
     line = problem.origin.rpartition(":")[2]
     return int(line) if line.isdecimal() else math.inf
-
-
-def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """A hint at the most similar candidate, to be put behind a message; empty if none is similar."""
-    matches = difflib.get_close_matches(word, list(candidates), n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""

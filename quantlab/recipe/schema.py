@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-FILE_PREFIX = "file:"
+from quantlab.calibration.sources import source_error
 
 
 def _number(*, minimum: int, maximum: int | None = None) -> Mapping[str, Any]:
@@ -17,12 +17,6 @@ def _number(*, minimum: int, maximum: int | None = None) -> Mapping[str, Any]:
 
 def _checked(check: Callable[[str], str | None]) -> Mapping[str, Any]:
     return {"check": check}
-
-
-def _source_error(name: str) -> str | None:
-    if name == "stdlib" or (name.startswith(FILE_PREFIX) and name != FILE_PREFIX):
-        return None
-    return f"is {name!r}; the text sources are stdlib and file:PATH, for example file:notes.txt"
 
 
 def _path_error(path: str) -> str | None:
@@ -52,7 +46,7 @@ class CalibrationSection:
         sequence_length: tokens per window.
     """
 
-    name: str = field(default="stdlib", metadata=_checked(_source_error))
+    name: str = field(default="stdlib", metadata=_checked(source_error))
     num_samples: int = field(default=128, metadata=_number(minimum=1))
     sequence_length: int = field(default=2048, metadata=_number(minimum=1))
 
@@ -88,7 +82,7 @@ class EvaluationSection:
         num_windows: windows per source; None means all.
     """
 
-    perplexity: tuple[str, ...] = field(default=("stdlib",), metadata=_checked(_source_error))
+    perplexity: tuple[str, ...] = field(default=("stdlib",), metadata=_checked(source_error))
     sequence_length: int = field(default=2048, metadata=_number(minimum=2))
     num_windows: int | None = field(default=None, metadata=_number(minimum=1))
 
@@ -104,6 +98,8 @@ class Recipe:
         calibration: what the method sees.
         method: the method and its budget.
         evaluation: what is measured.
+        allow_fallbacks: whether a method may depart from its options where a layer forces it to (reported), or
+            whether that ends the run.
     """
 
     version: Literal[1] = field(metadata={"needed": "begin the recipe with `version: 1`"})
@@ -112,3 +108,4 @@ class Recipe:
     calibration: CalibrationSection = field(default_factory=CalibrationSection)
     method: MethodSection = field(metadata={"needed": "add a section with at least a name and bits"})
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    allow_fallbacks: bool = False

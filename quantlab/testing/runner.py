@@ -4,13 +4,12 @@ import traceback
 import unittest
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from enum import Enum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from quantlab.api import LayerQuantizer, QuantizerInfo
-from quantlab.errors import PluginError
+from quantlab.errors import PluginError, did_you_mean
 from quantlab.testing.check import Check, ContractViolation
 from quantlab.testing.checks import CHECKS
 
@@ -137,8 +136,6 @@ def _require_info(quantizer: LayerQuantizer) -> None:
 def _require_applicable(quantizer: LayerQuantizer, expected_failures: Mapping[str, str]) -> None:
     for name in expected_failures:
         if name not in CHECKS:
-            matches = get_close_matches(name, CHECKS, n=1)
-            hint = f"; did you mean {matches[0]!r}?" if matches else ""
-            raise PluginError(f"expected_failures names {name!r}, which is not a check{hint}")
+            raise PluginError(f"expected_failures names {name!r}, which is not a check{did_you_mean(name, CHECKS)}")
         if not CHECKS[name].applies_to(quantizer.info):
             raise PluginError(f"expected_failures names {name!r}, which does not apply to {quantizer.info.name!r}")

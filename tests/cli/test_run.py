@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +28,12 @@ def pipeline(monkeypatch, tmp_path):
         calls.planned = (recipe, model_folder)
         return SimpleNamespace(rows=lambda: [("bits", str(recipe.method.bits)), ("layers", "35")])
 
-    stub = SimpleNamespace(execute=execute, plan_run=plan_run, require_free=calls.free.append)
+    def default_output_dir(loaded):
+        return Path("runs/default")
+
+    stub = SimpleNamespace(
+        default_output_dir=default_output_dir, execute=execute, plan_run=plan_run, require_free=calls.free.append
+    )
     monkeypatch.setitem(sys.modules, "quantlab.pipeline", stub)
     calls.stub = stub
     return calls
@@ -61,9 +67,9 @@ def test_run_executes_the_recipe_and_prints_the_result(pipeline, capsys, tmp_pat
     assert "run folder: out" in output
 
 
-def test_output_folder_is_named_after_recipe_and_model(pipeline):
+def test_the_output_folder_has_a_default(pipeline):
     assert invoke(["run", "ganq_w4", "--model", "facebook/opt-125m", "-q"]) == 0
-    assert str(pipeline.executed.output_dir) == "runs/ganq_w4-opt-125m"
+    assert str(pipeline.executed.output_dir) == "runs/default"
     assert pipeline.executed.loaded.origins["model.path"] == "--model"
 
 
@@ -73,7 +79,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(pipeline, capsys, tmp_path):
     assert capsys.readouterr().out.splitlines() == [
         "bits           4",
         "layers         35",
-        "output folder  runs/ganq_w4-demo",
+        "output folder  runs/default",
     ]
     assert list(tmp_path.iterdir()) == []
 

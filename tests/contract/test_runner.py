@@ -75,7 +75,7 @@ def test_object_without_info_is_refused(run):
 
 
 def test_unknown_expected_failure_is_refused_with_the_nearest_name():
-    with pytest.raises(PluginError, match="'codes_are_vald', which is not a check; did you mean 'codes_are_valid'"):
+    with pytest.raises(PluginError, match="'codes_are_vald', which is not a check; did you mean codes_are_valid"):
         check_quantizer(HonestRounding(), expected_failures={"codes_are_vald": "?"})
 
 

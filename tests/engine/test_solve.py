@@ -17,7 +17,7 @@ from quantlab.api import (
     layer_loss,
 )
 from quantlab.engine.solve import solve_layers, split_rows, verify_answer
-from quantlab.errors import PluginError
+from quantlab.errors import PluginError, QualityError
 from quantlab.solvers.grid import round_to_nearest
 
 SPEC = CodebookSpec(bits=3)
@@ -55,7 +55,7 @@ def linears():
 
 def test_layers_with_the_same_input_are_solved_as_one_stack_of_rows(linears, statistics):
     method = Recording([])
-    solved = solve_layers(linears, statistics, method, SPEC, seed=0)
+    solved = solve_layers(linears, statistics, method, SPEC, seed=0, allow_fallbacks=False)
     assert [problem.weight.shape for problem in method.problems] == [(12, 16)]
     for name, (module, result) in solved.items():
         alone = round_to_nearest(linears[name].weight.detach(), SPEC).dequantize()
@@ -66,12 +66,12 @@ def test_layers_with_the_same_input_are_solved_as_one_stack_of_rows(linears, sta
 
 def test_a_method_whose_rows_depend_on_each_other_gets_each_layer_alone(linears, statistics):
     method = RecordingWhole([])
-    solve_layers(linears, statistics, method, SPEC, seed=0)
+    solve_layers(linears, statistics, method, SPEC, seed=0, allow_fallbacks=False)
     assert [problem.weight.shape for problem in method.problems] == [(5, 16), (7, 16)]
 
 
 def test_the_loss_is_measured_on_what_is_stored(linears, statistics):
-    module, result = solve_layers(linears, statistics, Recording([]), SPEC, seed=0)["a"]
+    module, result = solve_layers(linears, statistics, Recording([]), SPEC, seed=0, allow_fallbacks=False)["a"]
     weight = linears["a"].weight.detach()
     hessian = statistics.hessian
     loss = layer_loss(weight, module.dequantize(), hessian).sum()
@@ -84,13 +84,13 @@ def test_the_seed_depends_on_the_run_and_on_the_layers_only(linears, statistics)
     seeds = []
     for seed in (0, 0, 1):
         method = Recording([])
-        solve_layers(linears, statistics, method, SPEC, seed=seed)
+        solve_layers(linears, statistics, method, SPEC, seed=seed, allow_fallbacks=False)
         seeds.append(method.problems[0].seed)
     assert seeds[0] == seeds[1] != seeds[2]
 
 
 def test_the_bias_is_kept(linears, statistics):
-    solved = solve_layers(linears, statistics, Recording([]), SPEC, seed=0)
+    solved = solve_layers(linears, statistics, Recording([]), SPEC, seed=0, allow_fallbacks=False)
     assert torch.equal(solved["a"][0].bias, linears["a"].bias)
     assert solved["b"][0].bias is None
 
@@ -128,3 +128,15 @@ def test_an_answer_that_breaks_the_contract_is_refused(linears, statistics, chan
     verify_answer(problem, layer, statistics.hessian)
     with pytest.raises(PluginError, match=message):
         verify_answer(problem, QuantizedLayer(**vars(layer) | change(layer)), statistics.hessian)
+
+
+class Yielding(Recording):
+    def quantize(self, problem):
+        return replace(super().quantize(problem), diagnostics={"damping": 0.1, "fallbacks": 1.0})
+
+
+def test_a_fallback_ends_the_run_unless_it_is_allowed(linears, statistics):
+    with pytest.raises(QualityError, match=r"a \+ b: recording could not keep to its options .*damping=0\.1"):
+        solve_layers(linears, statistics, Yielding([]), SPEC, seed=0, allow_fallbacks=False)
+    solved = solve_layers(linears, statistics, Yielding([]), SPEC, seed=0, allow_fallbacks=True)
+    assert solved["a"][1].diagnostics["fallbacks"] == 1

@@ -40,7 +40,7 @@ class Rounding:
 def quantize(folder, target, token_ids, dtype=torch.float32):
     method = Rounding({})
     writer = CheckpointWriter(target)
-    result = quantize_model(folder, writer, method, SPEC, token_ids, dtype, 0, NoProgress())
+    result = quantize_model(folder, writer, method, SPEC, token_ids, dtype, 0, False, NoProgress())
     config = json.loads((folder / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
     section = QuantizationConfig(
         method={"name": "rounding", "options": {}},

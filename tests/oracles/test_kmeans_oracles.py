@@ -74,8 +74,8 @@ def test_few_distinct_values_are_represented_exactly_however_often_they_repeat(d
 
 
 def test_distinct_values_close_together_are_kept_apart():
-    rows = torch.tensor([[0.0, 1.0, 2.0, 2.000001], [0.0, 0.000001, 1.0, 2.0]]).repeat(1, 5)
-    assert (squared_error(rows, kmeans_levels(rows, 4, iterations=50)) == 0).all()
+    rows = torch.tensor([[0.0, 1.0, 2.0, 2.000001, 2.000002], [0.0, 0.000001, 0.000002, 1.0, 2.0]]).repeat(1, 5)
+    assert (squared_error(rows, kmeans_levels(rows, 5, iterations=50)) == 0).all()
 
 
 @pytest.mark.parametrize("levels", [16, 256])

@@ -94,5 +94,5 @@ def test_an_unusable_text_file_is_one_clear_error(tmp_path, content, message):
 
 
 def test_an_unknown_text_source_names_the_known_ones():
-    with pytest.raises(DataError, match="known are 'stdlib' and 'file:PATH'"):
+    with pytest.raises(DataError, match="the text sources are stdlib and file:PATH"):
         load_documents("wikitext", "train")

@@ -106,7 +106,7 @@ def test_sound_method_is_loaded(install):
 
 def test_unknown_method_is_refused_with_the_nearest_and_all_installed_names(install):
     install()
-    with pytest.raises(PluginError, match=r"method 'toyy' is not installed; did you mean 'toy'\?; installed .*toy"):
+    with pytest.raises(PluginError, match=r"method 'toyy' is not installed; did you mean toy\?; installed .*toy"):
         registry.load("toyy")
 
 
@@ -136,7 +136,7 @@ def test_empty_environment_variable_restricts_nothing(install, monkeypatch):
 def test_environment_variable_that_names_an_unknown_method_is_refused(install, monkeypatch):
     install()
     monkeypatch.setenv(registry.RESTRICTION_VARIABLE, "toi")
-    with pytest.raises(PluginError, match="QUANTLAB_PLUGINS names 'toi', which is not installed; did you mean 'toy'"):
+    with pytest.raises(PluginError, match="QUANTLAB_PLUGINS names 'toi', which is not installed; did you mean toy"):
         registry.available()
 
 
@@ -210,7 +210,7 @@ def test_options_override_the_preset_which_overrides_defaults(install):
 
 def test_unknown_preset_is_refused_with_those_that_exist(install):
     install()
-    with pytest.raises(RecipeError, match=r"'toy' has no preset 'slwo'; did you mean 'slow'\?; its presets: slow"):
+    with pytest.raises(RecipeError, match=r"'toy' has no preset 'slwo'; did you mean slow\?; its presets: slow"):
         registry.configure("toy", preset="slwo")
 
 
@@ -255,14 +255,13 @@ def test_fitting_value_is_accepted(option, value):
         (
             "order",
             "hesian_diagonal",
-            "expected one of 'natural', 'hessian_diagonal', got str 'hesian_diagonal'; "
-            "did you mean 'hessian_diagonal'?",
+            "expected one of 'natural', 'hessian_diagonal', got str 'hesian_diagonal'; did you mean hessian_diagonal?",
         ),
-        ("rule", "aut", "expected one of 'auto' or a finite float, got str 'aut'; did you mean 'auto'?"),
+        ("rule", "aut", "expected one of 'auto' or a finite float, got str 'aut'; did you mean auto?"),
         (
             "cuont",
             1,
-            "unknown option; did you mean 'count'?; valid options: count, enabled, fraction, label, limit, order, rule",
+            "unknown option; did you mean count?; valid options: count, enabled, fraction, label, limit, order, rule",
         ),
     ],
 )

@@ -77,6 +77,8 @@ def test_diagnostics_tell_the_undamped_loss_and_the_damping_that_was_needed(meth
     loss = layer_loss(layer.weight, answer.dequantize(), layer.require_hessian()).sum().item()
     assert answer.diagnostics["loss"] == pytest.approx(loss)
     assert 0 < answer.diagnostics["damping"] <= 1e-5
+    assert answer.diagnostics["fallbacks"] == 1
+    assert method(damping=0.1).quantize(layer).diagnostics["fallbacks"] == 0
 
 
 def test_ganq_gives_dead_inputs_the_nearest_final_level():
