@@ -24,7 +24,7 @@ from quantlab.api import (
     layer_loss,
 )
 from quantlab.engine.linears import bias_of, weight_of
-from quantlab.errors import PluginError, QualityError
+from quantlab.errors import NumericalError, PluginError, QualityError
 from quantlab.runtime import LutLinear
 from quantlab.solvers.grid import round_to_nearest
 
@@ -79,6 +79,7 @@ def solve_layers(
     Raises:
         PluginError: the method broke its contract.
         QualityError: the method departed from its options, and may not.
+        NumericalError: the layers cannot be solved: values that are not finite, or a singular system.
     """
     stacks = [list(linears)] if quantizer.info.row_independent else [[name] for name in linears]
     return {
@@ -100,14 +101,19 @@ def _solve_stack(
 ) -> dict[str, tuple[LutLinear, LayerResult]]:
     weights = {name: weight_of(linear).detach() for name, linear in linears.items()}
     stack_name = " + ".join(weights)
-    problem = LayerProblem(
-        name=stack_name,
-        weight=torch.cat(list(weights.values())).float(),
-        spec=spec,
-        statistics=statistics if quantizer.info.needs else None,
-        seed=_derive_seed(seed, stack_name),
-    )
-    answer = quantizer.quantize(problem)
+    try:
+        problem = LayerProblem(
+            name=stack_name,
+            weight=torch.cat(list(weights.values())).float(),
+            spec=spec,
+            statistics=statistics if quantizer.info.needs else None,
+            seed=_derive_seed(seed, stack_name),
+        )
+        answer = quantizer.quantize(problem)
+    except ValueError as error:  # values that are not finite, or a request that the method refuses
+        raise NumericalError(f"{quantizer.info.name} cannot quantize {error}") from error
+    except NumericalError as error:
+        raise NumericalError(f"{quantizer.info.name} cannot quantize {stack_name}: {error}") from error
     verify_answer(problem, answer, statistics.hessian)
     if answer.diagnostics.get("fallbacks", 0) > 0 and not allow_fallbacks:
         reported = ", ".join(f"{key}={value:g}" for key, value in answer.diagnostics.items())

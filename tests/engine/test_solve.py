@@ -17,7 +17,7 @@ from quantlab.api import (
     layer_loss,
 )
 from quantlab.engine.solve import solve_layers, split_rows, verify_answer
-from quantlab.errors import PluginError, QualityError
+from quantlab.errors import NumericalError, PluginError, QualityError
 from quantlab.solvers.grid import round_to_nearest
 
 SPEC = CodebookSpec(bits=3)
@@ -140,3 +140,19 @@ def test_a_fallback_ends_the_run_unless_it_is_allowed(linears, statistics):
         solve_layers(linears, statistics, Yielding([]), SPEC, seed=0, allow_fallbacks=False)
     solved = solve_layers(linears, statistics, Yielding([]), SPEC, seed=0, allow_fallbacks=True)
     assert solved["a"][1].diagnostics["fallbacks"] == 1
+
+
+def test_statistics_that_are_not_finite_are_refused_with_the_name_of_the_layers(linears, statistics):
+    broken = replace(statistics, hessian=torch.full((16, 16), torch.nan))
+    with pytest.raises(NumericalError, match=r"recording cannot quantize a \+ b: the Hessian contains NaN"):
+        solve_layers(linears, broken, Recording([]), SPEC, seed=0, allow_fallbacks=False)
+
+
+class Failing(Recording):
+    def quantize(self, problem):
+        raise NumericalError("not positive definite")
+
+
+def test_a_numerical_failure_names_the_layers(linears, statistics):
+    with pytest.raises(NumericalError, match=r"recording cannot quantize a \+ b: not positive definite"):
+        solve_layers(linears, statistics, Failing([]), SPEC, seed=0, allow_fallbacks=False)
