@@ -31,6 +31,7 @@ from quantlab.checkpoint.format import QuantizationConfig
 from quantlab.checkpoint.reader import load
 from quantlab.checkpoint.writer import CheckpointWriter
 from quantlab.engine.linears import find_linears, require_quantizable, weight_of
+from quantlab.engine.solve import SolveOptions
 from quantlab.engine.stream import StreamResult, quantize_model
 from quantlab.errors import ModelError, QualityError, RecipeError, UsageError
 from quantlab.evaluate.perplexity import perplexity
@@ -234,18 +235,13 @@ class _Run:
         """Write the quantized checkpoint; returns what is reported and the hashes of its files."""
         recipe = self.recipe
         writer = CheckpointWriter(self.folder / MODEL_FOLDER)
-        spec = CodebookSpec(bits=recipe.method.bits, group_size=recipe.method.group_size)
-        stream = quantize_model(
-            self.model_folder,
-            writer,
-            self.quantizer,
-            spec,
-            calibration.ids,
-            self.dtype,
-            recipe.seed,
-            recipe.allow_fallbacks,
-            self.progress,
+        options = SolveOptions(
+            quantizer=self.quantizer,
+            spec=CodebookSpec(bits=recipe.method.bits, group_size=recipe.method.group_size),
+            seed=recipe.seed,
+            allow_fallbacks=recipe.allow_fallbacks,
         )
+        stream = quantize_model(self.model_folder, writer, options, calibration.ids, self.dtype, self.progress)
         method = {"name": self.quantizer.info.name, "options": _options(self.quantizer)}
         producer = {"name": "quantlab-ptq", "version": __version__}
         config = json.loads((self.model_folder / "config.json").read_text())

@@ -58,47 +58,53 @@ class LayerResult:
     diagnostics: Mapping[str, float]
 
 
-def solve_layers(
-    linears: Mapping[str, nn.Module],
-    statistics: InputStatistics,
-    quantizer: LayerQuantizer,
-    spec: CodebookSpec,
-    seed: int,
-    allow_fallbacks: bool,
-) -> dict[str, tuple[LutLinear, LayerResult]]:
+@dataclass(frozen=True, kw_only=True)
+class SolveOptions:
+    """What is the same for every layer of a run.
+
+    Attributes:
+        quantizer: the method.
+        spec: the storage budget of every layer.
+        seed: the run's seed; each problem derives its own from it and its name.
+        allow_fallbacks: whether the method may depart from its options where a layer forces it to.
+    """
+
+    quantizer: LayerQuantizer
+    spec: CodebookSpec
+    seed: int = 0
+    allow_fallbacks: bool = False
+
+
+Solved = dict[str, tuple[LutLinear, LayerResult]]
+
+
+def solve_layers(linears: Mapping[str, nn.Module], statistics: InputStatistics, options: SolveOptions) -> Solved:
     """Quantize layers that share one input.
 
     Args:
         linears: layers by their full name in the model.
         statistics: of the shared input.
-        quantizer: the method.
-        spec: the storage budget of every layer.
-        seed: the run's seed; each problem derives its own from it and its name.
-        allow_fallbacks: whether the method may depart from its options.
+        options: the method and its budget.
+
+    Returns:
+        By name, the module that takes the layer's place and what is reported about it.
 
     Raises:
         PluginError: the method broke its contract.
         QualityError: the method departed from its options, and may not.
         NumericalError: the layers cannot be solved: values that are not finite, or a singular system.
     """
-    stacks = [list(linears)] if quantizer.info.row_independent else [[name] for name in linears]
+    if options.quantizer.info.row_independent:
+        return _solve_stack(linears, statistics, options)
     return {
         name: solved
-        for names in stacks
-        for name, solved in _solve_stack(
-            {name: linears[name] for name in names}, statistics, quantizer, spec, seed, allow_fallbacks
-        ).items()
+        for layer, linear in linears.items()
+        for name, solved in _solve_stack({layer: linear}, statistics, options).items()
     }
 
 
-def _solve_stack(
-    linears: Mapping[str, nn.Module],
-    statistics: InputStatistics,
-    quantizer: LayerQuantizer,
-    spec: CodebookSpec,
-    seed: int,
-    allow_fallbacks: bool,
-) -> dict[str, tuple[LutLinear, LayerResult]]:
+def _solve_stack(linears: Mapping[str, nn.Module], statistics: InputStatistics, options: SolveOptions) -> Solved:
+    quantizer, spec = options.quantizer, options.spec
     weights = {name: weight_of(linear).detach() for name, linear in linears.items()}
     stack_name = " + ".join(weights)
     try:
@@ -107,7 +113,7 @@ def _solve_stack(
             weight=torch.cat(list(weights.values())).float(),
             spec=spec,
             statistics=statistics if quantizer.info.needs else None,
-            seed=_derive_seed(seed, stack_name),
+            seed=_derive_seed(options.seed, stack_name),
         )
         answer = quantizer.quantize(problem)
     except ValueError as error:  # values that are not finite, or a request that the method refuses
@@ -115,7 +121,7 @@ def _solve_stack(
     except NumericalError as error:
         raise NumericalError(f"{quantizer.info.name} cannot quantize {stack_name}: {error}") from error
     verify_answer(problem, answer, statistics.hessian)
-    if answer.diagnostics.get("fallbacks", 0) > 0 and not allow_fallbacks:
+    if answer.diagnostics.get("fallbacks", 0) > 0 and not options.allow_fallbacks:
         reported = ", ".join(f"{key}={value:g}" for key, value in answer.diagnostics.items())
         raise QualityError(
             f"{stack_name}: {quantizer.info.name} could not keep to its options on this layer ({reported}); change "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quantlab.api import CodebookSpec, InputStatistics, LayerQuantizer
+from quantlab.api import InputStatistics
 from quantlab.checkpoint.format import ModuleSpec
 from quantlab.checkpoint.writer import CheckpointWriter
 from quantlab.engine.drive import BlockDriver, RecordedBatch, deduplicate
@@ -23,7 +23,7 @@ from quantlab.engine.linears import (
     require_quantizable,
     weight_of,
 )
-from quantlab.engine.solve import LayerResult, solve_layers
+from quantlab.engine.solve import LayerResult, SolveOptions, solve_layers
 from quantlab.progress import Progress
 from quantlab.skeleton import WeightSource, build_skeleton, find_blocks, read_config, unload
 
@@ -51,12 +51,9 @@ class StreamResult:
 def quantize_model(
     source: Path,
     writer: CheckpointWriter,
-    quantizer: LayerQuantizer,
-    spec: CodebookSpec,
+    options: SolveOptions,
     calibration_ids: Tensor,
     dtype: torch.dtype,
-    seed: int,
-    allow_fallbacks: bool,
     progress: Progress,
 ) -> StreamResult:
     """Quantize every linear layer inside the decoder blocks of a causal LM.
@@ -66,18 +63,16 @@ def quantize_model(
     Args:
         source: local model folder with safetensors weights.
         writer: receives one shard per block and one for the rest.
-        quantizer: the method.
-        spec: the storage budget of every layer.
+        options: the method and its budget.
         calibration_ids: (samples, tokens) token ids.
         dtype: what the model computes in.
-        seed: source of all randomness.
-        allow_fallbacks: whether the method may depart from its options.
         progress: is told about every finished layer.
 
     Raises:
         ModelError: the model cannot be streamed.
         PluginError: the method broke its contract.
         QualityError: the method departed from its options, and may not.
+        NumericalError: a layer cannot be solved.
     """
     config = read_config(source)
     model = build_skeleton(config, dtype)
@@ -107,8 +102,7 @@ def quantize_model(
         for group in groups:
             statistics = _collect(driver, index, original[group[0]], hidden, recorded)
             layers = {f"{name}.{layer}": original[layer] for layer in group}
-            solved = solve_layers(layers, statistics, quantizer, spec, seed, allow_fallbacks)
-            for layer, (module, result) in solved.items():
+            for layer, (module, result) in solve_layers(layers, statistics, options).items():
                 model.set_submodule(layer, module)
                 modules[layer] = module.spec
                 results.append(result)

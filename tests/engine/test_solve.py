@@ -16,7 +16,7 @@ from quantlab.api import (
     Statistic,
     layer_loss,
 )
-from quantlab.engine.solve import solve_layers, split_rows, verify_answer
+from quantlab.engine.solve import SolveOptions, solve_layers, split_rows, verify_answer
 from quantlab.errors import NumericalError, PluginError, QualityError
 from quantlab.solvers.grid import round_to_nearest
 
@@ -53,9 +53,13 @@ def linears():
     return {"a": nn.Linear(16, 5), "b": nn.Linear(16, 7, bias=False)}
 
 
+def solve(linears, statistics, method, **changes):
+    return solve_layers(linears, statistics, SolveOptions(quantizer=method, spec=SPEC, **changes))
+
+
 def test_layers_with_the_same_input_are_solved_as_one_stack_of_rows(linears, statistics):
     method = Recording([])
-    solved = solve_layers(linears, statistics, method, SPEC, seed=0, allow_fallbacks=False)
+    solved = solve(linears, statistics, method)
     assert [problem.weight.shape for problem in method.problems] == [(12, 16)]
     for name, (module, result) in solved.items():
         alone = round_to_nearest(linears[name].weight.detach(), SPEC).dequantize()
@@ -66,12 +70,12 @@ def test_layers_with_the_same_input_are_solved_as_one_stack_of_rows(linears, sta
 
 def test_a_method_whose_rows_depend_on_each_other_gets_each_layer_alone(linears, statistics):
     method = RecordingWhole([])
-    solve_layers(linears, statistics, method, SPEC, seed=0, allow_fallbacks=False)
+    solve(linears, statistics, method)
     assert [problem.weight.shape for problem in method.problems] == [(5, 16), (7, 16)]
 
 
 def test_the_loss_is_measured_on_what_is_stored(linears, statistics):
-    module, result = solve_layers(linears, statistics, Recording([]), SPEC, seed=0, allow_fallbacks=False)["a"]
+    module, result = solve(linears, statistics, Recording([]))["a"]
     weight = linears["a"].weight.detach()
     hessian = statistics.hessian
     loss = layer_loss(weight, module.dequantize(), hessian).sum()
@@ -84,13 +88,13 @@ def test_the_seed_depends_on_the_run_and_on_the_layers_only(linears, statistics)
     seeds = []
     for seed in (0, 0, 1):
         method = Recording([])
-        solve_layers(linears, statistics, method, SPEC, seed=seed, allow_fallbacks=False)
+        solve(linears, statistics, method, seed=seed)
         seeds.append(method.problems[0].seed)
     assert seeds[0] == seeds[1] != seeds[2]
 
 
 def test_the_bias_is_kept(linears, statistics):
-    solved = solve_layers(linears, statistics, Recording([]), SPEC, seed=0, allow_fallbacks=False)
+    solved = solve(linears, statistics, Recording([]))
     assert torch.equal(solved["a"][0].bias, linears["a"].bias)
     assert solved["b"][0].bias is None
 
@@ -137,15 +141,15 @@ class Yielding(Recording):
 
 def test_a_fallback_ends_the_run_unless_it_is_allowed(linears, statistics):
     with pytest.raises(QualityError, match=r"a \+ b: recording could not keep to its options .*damping=0\.1"):
-        solve_layers(linears, statistics, Yielding([]), SPEC, seed=0, allow_fallbacks=False)
-    solved = solve_layers(linears, statistics, Yielding([]), SPEC, seed=0, allow_fallbacks=True)
+        solve(linears, statistics, Yielding([]))
+    solved = solve(linears, statistics, Yielding([]), allow_fallbacks=True)
     assert solved["a"][1].diagnostics["fallbacks"] == 1
 
 
 def test_statistics_that_are_not_finite_are_refused_with_the_name_of_the_layers(linears, statistics):
     broken = replace(statistics, hessian=torch.full((16, 16), torch.nan))
     with pytest.raises(NumericalError, match=r"recording cannot quantize a \+ b: the Hessian contains NaN"):
-        solve_layers(linears, broken, Recording([]), SPEC, seed=0, allow_fallbacks=False)
+        solve(linears, broken, Recording([]))
 
 
 class Failing(Recording):
@@ -155,4 +159,4 @@ class Failing(Recording):
 
 def test_a_numerical_failure_names_the_layers(linears, statistics):
     with pytest.raises(NumericalError, match=r"recording cannot quantize a \+ b: not positive definite"):
-        solve_layers(linears, statistics, Failing([]), SPEC, seed=0, allow_fallbacks=False)
+        solve(linears, statistics, Failing([]))

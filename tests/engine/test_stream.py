@@ -13,6 +13,7 @@ from quantlab.checkpoint.format import QuantizationConfig
 from quantlab.checkpoint.reader import load
 from quantlab.checkpoint.writer import CheckpointWriter
 from quantlab.engine.linears import find_linears
+from quantlab.engine.solve import SolveOptions
 from quantlab.engine.stream import quantize_model
 from quantlab.errors import ModelError
 from quantlab.progress import NoProgress
@@ -40,7 +41,8 @@ class Rounding:
 def quantize(folder, target, token_ids, dtype=torch.float32):
     method = Rounding({})
     writer = CheckpointWriter(target)
-    result = quantize_model(folder, writer, method, SPEC, token_ids, dtype, 0, False, NoProgress())
+    options = SolveOptions(quantizer=method, spec=SPEC)
+    result = quantize_model(folder, writer, options, token_ids, dtype, NoProgress())
     config = json.loads((folder / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
     section = QuantizationConfig(
         method={"name": "rounding", "options": {}},

@@ -33,15 +33,26 @@ def test_every_plugin_is_under_the_architecture_contracts():
             assert set(contract["forbidden_modules"]) >= folders
 
 
-def test_every_core_module_is_either_open_to_plugins_or_forbidden_to_them():
-    open_to_plugins = {"quantlab.api", "quantlab.solvers", "quantlab.errors"}
-    contract = next(c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["name"].startswith("Plugins see only"))
-    modules = {
+def core_modules():
+    return {
         f"quantlab.{path.stem}"
         for path in (ROOT / "quantlab").iterdir()
         if not path.stem.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").exists())
     }
-    assert modules == open_to_plugins | (set(contract["forbidden_modules"]) - {"quantlab_kernels"})
+
+
+def contract(name):
+    return next(c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["name"].startswith(name))
+
+
+def test_every_core_module_is_either_open_to_plugins_or_forbidden_to_them():
+    open_to_plugins = {"quantlab.api", "quantlab.solvers", "quantlab.errors"}
+    forbidden = set(contract("Plugins see only")["forbidden_modules"])
+    assert core_modules() == open_to_plugins | (forbidden - {"quantlab_kernels"})
+
+
+def test_every_core_module_is_kept_from_the_command_line():
+    assert set(contract("Nothing imports the command line")["source_modules"]) == core_modules() - {"quantlab.cli"}
 
 
 def test_constraints_pin_every_dependency():
