@@ -14,8 +14,11 @@ def replacing(path: Path) -> Iterator[Path]:
     previous `path` is untouched.
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.touch()
+    permissions = temporary.stat().st_mode  # those of the user's umask; safetensors would make the file private
     try:
         yield temporary
+        temporary.chmod(permissions)
         _flush(temporary)
         temporary.replace(path)
     finally:

@@ -120,3 +120,11 @@ def test_a_failed_write_leaves_the_previous_file_and_no_debris(tmp_path):
         fail_halfway()
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "before"
+
+
+def test_every_file_gets_the_permissions_of_an_ordinary_new_file(tmp_path):
+    (tmp_path / "ordinary").touch()
+    writer = CheckpointWriter(tmp_path / "model")
+    writer.add_shard("rest", {"weight": torch.zeros(2)})
+    written = tmp_path / "model" / "quantlab-rest.safetensors"
+    assert written.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
