@@ -243,7 +243,11 @@ class QuantizedLayer:
 
 
 class LayerQuantizer(Protocol):
-    """A quantization method: a frozen dataclass whose fields are its options."""
+    """A quantization method: a frozen dataclass whose fields are its options.
+
+    `info` describes the method with its default options. Where an option changes what the method needs or can do,
+    the instance carries an `info` of its own.
+    """
 
     info: ClassVar[QuantizerInfo]
 

@@ -1,28 +1,47 @@
-"""GPTQ as one triangular sweep over a fixed uniform grid."""
+"""GPTQ as one triangular sweep over a uniform grid."""
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
-from quantlab.api import MAX_BITS, MIN_BITS, LayerProblem, QuantizedLayer, QuantizerInfo, Statistic
-from quantlab.solvers.grid import as_stored, minmax_grid
+from torch import Tensor
+
+from quantlab.api import (
+    MAX_BITS,
+    MIN_BITS,
+    CodebookSpec,
+    LayerProblem,
+    QuantizedLayer,
+    QuantizerInfo,
+    Statistic,
+    UniformGrid,
+)
+from quantlab.solvers.grid import ClipSearch, as_stored, check_clip_search, fit_grid
 from quantlab.solvers.nearest import GridRounder
 from quantlab.solvers.order import ColumnOrder, check_column_order, processing_order
 from quantlab.solvers.request import check_request, with_loss, working_dtype
-from quantlab.solvers.sweep import factor_for_sweep, sweep
+from quantlab.solvers.sweep import Assignment, SweepFactor, factor_for_sweep, sweep
+from quantlab_gptq.groups import DynamicGroups
+
+Groups = Literal["static", "dynamic"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GptqQuantizer:
     """Round inputs one after the other, shifting the rest to compensate (arXiv:2210.17323, Algorithm 1).
 
-    The grid is the min-max grid of the original weights, per row or per group ("static groups"). So groups stay
-    contiguous whatever the order of the inputs, and inference needs no index of groups.
+    The grid of a row, or of a static group, is fitted to the original weights. So groups stay contiguous whatever the
+    order of the inputs, and inference needs no index of groups. Dynamic groups know the weights that they are going to
+    round, compensation included, at the price of the natural order.
 
     Attributes:
         column_order: "hessian_diagonal" quantizes strong inputs first ("act-order"), "natural" from first to last.
         damping: fraction of the mean diagonal added to the Hessian.
-        block_size: inputs per block of the sweep; changes speed, not results.
+        block_size: inputs per block of the sweep; changes speed, not results. Dynamic groups are blocks themselves.
+        groups: "static" fits all grids beforehand; "dynamic" fits a group's grid when the sweep enters the group, and
+            takes column_order "natural" only. Without a group size they are the same.
+        clip_search: "none" covers the range of the weights; "weight" and "hessian" shrink it to what serves best, see
+            `quantlab.solvers.grid.fit_grid`.
     """
 
     info: ClassVar[QuantizerInfo] = QuantizerInfo(
@@ -37,22 +56,46 @@ class GptqQuantizer:
     column_order: ColumnOrder = "hessian_diagonal"
     damping: float = 0.01
     block_size: int = 128
+    groups: Groups = "static"
+    clip_search: ClipSearch = "none"
 
     def __post_init__(self) -> None:
         check_column_order(self.column_order)
+        check_clip_search(self.clip_search)
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise ValueError(f"damping={self.damping} must be finite and not negative")
         if self.block_size < 1:
             raise ValueError(f"block_size={self.block_size} must be at least 1")
+        if self.groups not in get_args(Groups):
+            raise ValueError(f"groups={self.groups!r} must be one of {', '.join(get_args(Groups))}")
+        if self.groups == "dynamic" and self.column_order != "natural":
+            raise ValueError(
+                f"groups='dynamic' does not go with column_order={self.column_order!r}, which enters every group many "
+                "times and finishes it late; set column_order: natural, or groups: static"
+            )
 
     def quantize(self, problem: LayerProblem) -> QuantizedLayer:
         """Quantize one layer; diagnostics are its loss and the damping needed, a fallback if more than asked for."""
         check_request(problem, self.info)
         hessian = problem.require_hessian()
         weight = problem.weight.to(working_dtype(problem.weight, hessian))
-        grid = minmax_grid(weight, problem.spec)
         order = processing_order(hessian, self.column_order, backwards=False)
         factor = factor_for_sweep(hessian, order, self.damping, weight.dtype)
-        assignment = sweep(weight, factor, GridRounder(grid, problem.in_features), block_size=self.block_size)
+        if self.groups == "dynamic" and problem.spec.group_size is not None:
+            grid, assignment = self._dynamic(weight, hessian, factor, problem.spec.bits, problem.spec.group_size)
+        else:
+            grid = self._fit(weight, problem.spec, hessian.diagonal())
+            assignment = sweep(weight, factor, GridRounder(grid, problem.in_features), block_size=self.block_size)
         layer = QuantizedLayer(codes=assignment.codes, codebook=as_stored(grid))
         return with_loss(layer, problem, damping=factor.damping, fallbacks=float(factor.damping > self.damping))
+
+    def _dynamic(
+        self, weight: Tensor, hessian: Tensor, factor: SweepFactor, bits: int, group_size: int
+    ) -> tuple[UniformGrid, Assignment]:
+        diagonal, per_row = hessian.diagonal(), CodebookSpec(bits=bits)
+        groups = DynamicGroups(lambda targets, columns: self._fit(targets, per_row, diagonal[columns]), group_size)
+        assignment = sweep(weight, factor, groups, block_size=group_size, enter_block=groups.enter)
+        return groups.grid(), assignment
+
+    def _fit(self, weight: Tensor, spec: CodebookSpec, hessian_diagonal: Tensor) -> UniformGrid:
+        return fit_grid(weight, spec, self.clip_search, hessian_diagonal=hessian_diagonal)

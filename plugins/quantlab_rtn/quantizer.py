@@ -4,16 +4,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from quantlab.api import MAX_BITS, MIN_BITS, LayerProblem, QuantizedLayer, QuantizerInfo
-from quantlab.solvers.grid import round_to_nearest
-from quantlab.solvers.request import check_request
+from quantlab.solvers.grid import ClipSearch, check_clip_search, fit_grid, round_to_grid
+from quantlab.solvers.request import check_request, with_hessian
 
 
 @dataclass(frozen=True, kw_only=True)
 class RtnQuantizer:
-    """Round-to-nearest on the uniform grid that just covers each row or group; needs no calibration.
+    """Round-to-nearest on the uniform grid that just covers each row or group; needs no calibration by itself.
 
     Attributes:
         symmetric: whether the grid is centred on zero, which makes the zero point constant.
+        clip_search: "none" covers the range of the weights; "weight" and "hessian" shrink it to what serves best, see
+            `quantlab.solvers.grid.fit_grid`. "hessian" makes the method need calibration.
     """
 
     info: ClassVar[QuantizerInfo] = QuantizerInfo(
@@ -25,8 +27,18 @@ class RtnQuantizer:
     )
 
     symmetric: bool = False
+    clip_search: ClipSearch = "none"
+
+    def __post_init__(self) -> None:
+        check_clip_search(self.clip_search)
+        if self.clip_search == "hessian":
+            object.__setattr__(self, "info", with_hessian(self.info))  # the way past a frozen dataclass
 
     def quantize(self, problem: LayerProblem) -> QuantizedLayer:
         """Round the weights of one layer."""
         check_request(problem, self.info)
-        return round_to_nearest(problem.weight, problem.spec, symmetric=self.symmetric)
+        diagonal = problem.require_hessian().diagonal() if self.clip_search == "hessian" else None
+        grid = fit_grid(
+            problem.weight, problem.spec, self.clip_search, symmetric=self.symmetric, hessian_diagonal=diagonal
+        )
+        return round_to_grid(problem.weight, grid)

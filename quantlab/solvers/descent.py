@@ -121,9 +121,7 @@ def _coupling(hessian: Tensor, order: Tensor) -> Tensor:
     return hessian[order][:, order] / torch.where(diagonal > 0, diagonal, torch.inf)[:, None]
 
 
-def _visit_all(
-    error: Tensor, coupling: Tensor, settle: Callable[[int, Tensor], Tensor], block_size: int
-) -> None:
+def _visit_all(error: Tensor, coupling: Tensor, settle: Callable[[int, Tensor], Tensor], block_size: int) -> None:
     """Visit every input once and change `error`, (in_features, out_features) in the order of visits, in place.
 
     `settle(row, wanted)` is given the errors (out_features,) that would minimise the loss of every output row over

@@ -1,86 +1,173 @@
-"""One-dimensional k-means of every row at once.
+"""One-dimensional k-means of every row at once, with or without a weight for each value.
 
 On a sorted row the clusters are intervals, and prefix sums give their means; one Lloyd iteration costs a
-binary search per boundary, O(levels log in_features) per row, whatever the number of weights in a cluster.
+binary search per boundary, O(levels log in_features) per row, whatever the number of values in a cluster.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-_CHUNK_ELEMENTS = 1 << 24  # sorted values and prefix sums are float64: about 400 MB of working memory
+_CHUNK_ELEMENTS = 1 << 24  # sorted values, weights and prefix sums are float64: about 700 MB of working memory
 _CAP_ROUNDS = 8
 
 
-def kmeans_levels(rows: Tensor, levels: int, iterations: int) -> Tensor:
+def kmeans_levels(rows: Tensor, levels: int, iterations: int, weights: Tensor | None = None) -> Tensor:
     """Cluster the values of each row by Lloyd's algorithm.
 
-    Lloyd's algorithm stops at the nearest local optimum, so the start decides. Two are tried, and every row keeps the
-    better: equally spaced levels, which bound the squared error by that of the uniform grid; and, because with many
-    levels their best density is the cube root of the density of values (Panter & Dite 1951), its quantiles, moved apart
-    to distinct values of the row. A row with no more distinct values than levels is represented exactly.
+    Lloyd's algorithm stops at the nearest local optimum, so the start decides. Several are tried, and every row keeps
+    the best: equally spaced levels, which bound the squared error by that of the uniform grid; and, because with many
+    levels their best density is the cube root of the (weighted) density of values (Panter & Dite 1951), its quantiles,
+    moved apart to distinct values of the row. Weights over orders of magnitude have no density to speak of, so with
+    weights there is a third: one level after the other at the value whose error costs most by then. A row with no more
+    distinct values than levels is represented exactly.
 
     Args:
         rows: (rows, values) floating point.
         levels: clusters per row.
         iterations: upper limit; stops earlier when nothing changes.
+        weights: (rows, values) or (values,), not negative: the factor of each squared error. Only ratios within a row
+            count. A value of weight 0 attracts no level; in a row of nothing else all weights count as equal.
 
     Returns:
         (rows, levels) ascending cluster means in the dtype of `rows`. A cluster that runs empty keeps its last value.
+
+    Raises:
+        ValueError: a weight is negative or not finite.
     """
     rows_per_chunk = max(1, _CHUNK_ELEMENTS // rows.shape[1])
-    chunks = (chunk.double().contiguous().sort(dim=1).values for chunk in torch.split(rows, rows_per_chunk))
+    chunks = torch.split(rows, rows_per_chunk)
+    starts: tuple[_Start, ...] = (_companded_start, _uniform_start)
+    if weights is None:
+        ordered = (_unweighted(chunk) for chunk in chunks)
+    else:
+        _check(weights)
+        parts = torch.split(weights.expand_as(rows), rows_per_chunk)
+        ordered = (_weighted(chunk, part) for chunk, part in zip(chunks, parts, strict=True))
+        starts = (*starts, _greedy_start)
+    found = torch.cat([_cluster(chunk, [start(chunk, levels) for start in starts], iterations) for chunk in ordered])
     # Rounding in the prefix sums can put two nearly equal means in the wrong order.
-    return torch.cat([_cluster(chunk, levels, iterations).to(rows.dtype).sort(dim=1).values for chunk in chunks])
+    return found.to(rows.dtype).sort(dim=1).values
 
 
-def _cluster(ordered: Tensor, levels: int, iterations: int) -> Tensor:
-    prefix_sums = pad(ordered.cumsum(dim=1), (1, 0))
-    companded = _lloyd(ordered, prefix_sums, _companded_start(ordered, levels), iterations)
-    uniform = _lloyd(ordered, prefix_sums, _uniform_start(ordered, levels), iterations)
-    uniform_is_better = _squared_error(ordered, uniform) < _squared_error(ordered, companded)
-    return torch.where(uniform_is_better[:, None], uniform, companded)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Ordered:
+    """Ascending values with their weights, both (rows, values) float64, and with prefix sums from the left.
+
+    `mass` sums the weights and `moment` the weighted values: (rows, values + 1).
+    """
+
+    values: Tensor
+    weights: Tensor
+    mass: Tensor
+    moment: Tensor
 
 
-def _lloyd(ordered: Tensor, prefix_sums: Tensor, centers: Tensor, iterations: int) -> Tensor:
+_Start = Callable[[_Ordered, int], Tensor]
+"""Where Lloyd's algorithm starts: ascending (rows, levels)."""
+
+
+def _unweighted(rows: Tensor) -> _Ordered:
+    values = rows.double().contiguous().sort(dim=1).values
+    return _with_prefix_sums(values, torch.ones_like(values))
+
+
+def _weighted(rows: Tensor, weights: Tensor) -> _Ordered:
+    values, weights = rows.double(), weights.double()
+    heaviest = weights.amax(dim=1, keepdim=True)
+    weights = torch.where(heaviest > 0, weights / torch.where(heaviest > 0, heaviest, 1.0), 1.0)
+    # Values without weight hide behind the largest one with weight: no gap, no distinct value and no range is theirs.
+    largest = values.masked_fill(weights == 0, -torch.inf).amax(dim=1, keepdim=True)
+    values = torch.where(weights > 0, values, largest)
+    # Among equal values the heaviest come first, so that neither the order of the row nor hidden values matter.
+    weights, by_weight = weights.sort(dim=1, descending=True, stable=True)
+    values, by_value = values.gather(1, by_weight).sort(dim=1, stable=True)
+    return _with_prefix_sums(values, weights.gather(1, by_value))
+
+
+def _with_prefix_sums(values: Tensor, weights: Tensor) -> _Ordered:
+    mass = pad(weights.cumsum(dim=1), (1, 0))
+    moment = pad((weights * values).cumsum(dim=1), (1, 0))
+    return _Ordered(values=values, weights=weights, mass=mass, moment=moment)
+
+
+def _cluster(ordered: _Ordered, starts: list[Tensor], iterations: int) -> Tensor:
+    best = _lloyd(ordered, starts[0], iterations)
+    least = _squared_error(ordered, best)
+    for start in starts[1:]:
+        centers = _lloyd(ordered, start, iterations)
+        error = _squared_error(ordered, centers)
+        best = torch.where((error < least)[:, None], centers, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def _lloyd(ordered: _Ordered, centers: Tensor, iterations: int) -> Tensor:
+    size = ordered.values.shape[1]
     for _ in range(iterations):
-        inner_edges = torch.searchsorted(ordered, _midpoints(centers), right=True)
-        edges = pad(pad(inner_edges, (1, 0)), (0, 1), value=ordered.shape[1])
-        sizes = edges.diff(dim=1)
-        means = prefix_sums.gather(1, edges).diff(dim=1) / sizes
-        updated = torch.where(sizes > 0, means, centers)
+        inner_edges = torch.searchsorted(ordered.values, _midpoints(centers), right=True)
+        edges = pad(pad(inner_edges, (1, 0)), (0, 1), value=size)
+        mass = ordered.mass.gather(1, edges).diff(dim=1)
+        means = ordered.moment.gather(1, edges).diff(dim=1) / mass
+        # The difference of prefix sums is rounded relative to the whole sum, which a light cluster may not survive.
+        smallest = ordered.values.gather(1, edges[:, :-1].clamp(max=size - 1))
+        largest = ordered.values.gather(1, (edges[:, 1:] - 1).clamp(min=0))
+        updated = torch.where(mass > 0, means.clamp(smallest, largest), centers)
         if torch.equal(updated, centers):
             break
         centers = updated
     return centers
 
 
-def _squared_error(ordered: Tensor, centers: Tensor) -> Tensor:
-    nearest = centers.gather(1, torch.searchsorted(_midpoints(centers), ordered))
-    return (ordered - nearest).square().sum(dim=1)
+def _squared_error(ordered: _Ordered, centers: Tensor) -> Tensor:
+    nearest = centers.gather(1, torch.searchsorted(_midpoints(centers), ordered.values))
+    return ((ordered.values - nearest).square() * ordered.weights).sum(dim=1)
 
 
 def _midpoints(centers: Tensor) -> Tensor:
     return (centers[:, :-1] + centers[:, 1:]) / 2
 
 
-def _uniform_start(ordered: Tensor, levels: int) -> Tensor:
-    lowest, highest = ordered[:, :1], ordered[:, -1:]
-    return lowest + (highest - lowest) * torch.arange(levels, device=ordered.device) / (levels - 1)
+def _uniform_start(ordered: _Ordered, levels: int) -> Tensor:
+    lowest, highest = ordered.values[:, :1], ordered.values[:, -1:]
+    return lowest + (highest - lowest) * torch.arange(levels, device=lowest.device) / (levels - 1)
 
 
-def _companded_start(ordered: Tensor, levels: int) -> Tensor:
-    gaps = ordered.diff(dim=1)
-    # The integral of density^(1/3) over each gap between neighbours, with 1 / gap for the density.
-    share = gaps.pow(2 / 3)
+def _companded_start(ordered: _Ordered, levels: int) -> Tensor:
+    gaps = ordered.values.diff(dim=1)
+    # The integral of density^(1/3) over each gap between neighbours, with their mean weight / gap for the density.
+    share = gaps.pow(2 / 3) * ((ordered.weights[:, :-1] + ordered.weights[:, 1:]) / 2).pow(1 / 3)
     for _ in range(_CAP_ROUNDS):
         # No more than one boundary between clusters is of use inside a gap, however wide an outlier makes it.
         share = torch.minimum(share, share.sum(dim=1, keepdim=True) / levels)
-    mass = pad(share.cumsum(dim=1), (1, 0))
+    cumulative = pad(share.cumsum(dim=1), (1, 0))
     distinct = pad((gaps > 0).cumsum(dim=1), (1, 0))  # distinct values before this one
-    index = torch.arange(levels, device=ordered.device)
-    chosen = distinct.gather(1, torch.searchsorted(mass, (index + 0.5) / levels * mass[:, -1:]))
+    index = torch.arange(levels, device=gaps.device)
+    chosen = distinct.gather(1, torch.searchsorted(cumulative, (index + 0.5) / levels * cumulative[:, -1:]))
     # Push equal choices apart: each at least one behind its predecessor, but the last at most at the last value.
     chosen = (chosen - index).cummax(dim=1).values + index
     chosen = torch.minimum(chosen, distinct[:, -1:] + 1 - levels + index).clamp_(min=0)
-    return ordered.gather(1, torch.searchsorted(distinct, chosen))
+    return ordered.values.gather(1, torch.searchsorted(distinct, chosen))
+
+
+def _greedy_start(ordered: _Ordered, levels: int) -> Tensor:
+    values, weights = ordered.values, ordered.weights
+    centers = values.new_empty(len(values), levels)
+    centers[:, 0] = values.gather(1, weights.argmax(dim=1, keepdim=True)).squeeze(1)
+    distance = (values - centers[:, :1]).square()
+    for level in range(1, levels):
+        costliest = (weights * distance).argmax(dim=1, keepdim=True)
+        centers[:, level : level + 1] = values.gather(1, costliest)
+        torch.minimum(distance, (values - centers[:, level : level + 1]).square(), out=distance)
+    return centers.sort(dim=1).values
+
+
+def _check(weights: Tensor) -> None:
+    if not (torch.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError(
+            f"k-means weights range from {weights.min().item():g} to {weights.max().item():g}; they must be finite and "
+            "not negative"
+        )

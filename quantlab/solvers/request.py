@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantlab.api import LayerProblem, QuantizedLayer, QuantizerInfo, layer_loss
+from quantlab.api import LayerProblem, QuantizedLayer, QuantizerInfo, Statistic, layer_loss
 
 
 def check_request(problem: LayerProblem, info: QuantizerInfo) -> None:
@@ -24,6 +24,11 @@ def check_request(problem: LayerProblem, info: QuantizerInfo) -> None:
             f"{problem.name}: {info.name} has one codebook per output row and does not support "
             f"group_size={problem.spec.group_size}; set group_size: null"
         )
+
+
+def with_hessian(info: QuantizerInfo) -> QuantizerInfo:
+    """The capabilities of a method whose options make it need the Hessian."""
+    return replace(info, needs=info.needs | {Statistic.HESSIAN})
 
 
 def working_dtype(*operands: Tensor) -> torch.dtype:

@@ -12,6 +12,7 @@ inputs it is GPTQ (arXiv:2210.17323), whose inverse factor plays the part of L (
 GPTQ's own form there is no matrix inverse, and targets refer to the original weights.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +31,13 @@ class SweepFactor:
         columns: (in_features,) int64, the inputs in the order of the factor: the *last* is quantized first.
         feedback: (in_features, in_features), L with its columns divided by its diagonal. Entry (u, j), u > j, is
             how much of the error of input `columns[u]` moves the target of input `columns[j]`.
+        pivots: (in_features,) float64, the diagonal of L in the order of the factor.
         damping: the fraction of the mean diagonal that was actually added to the Hessian.
     """
 
     columns: Tensor
     feedback: Tensor
+    pivots: Tensor
     damping: float
 
 
@@ -65,11 +68,19 @@ def factor_for_sweep(hessian: Tensor, order: Tensor, damping: float, dtype: torc
     """
     columns = order.flip(0)
     factor = damped_cholesky(hessian[columns][:, columns], damping)
-    feedback = factor.lower / factor.lower.diagonal()
-    return SweepFactor(columns=columns, feedback=feedback.to(dtype).contiguous(), damping=factor.damping)
+    pivots = factor.lower.diagonal().clone()  # a view would keep all of L in memory
+    feedback = (factor.lower / pivots).to(dtype).contiguous()
+    return SweepFactor(columns=columns, feedback=feedback, pivots=pivots, damping=factor.damping)
 
 
-def sweep(weight: Tensor, factor: SweepFactor, nearest: ColumnRounder, *, block_size: int = 128) -> Assignment:
+def sweep(
+    weight: Tensor,
+    factor: SweepFactor,
+    nearest: ColumnRounder,
+    *,
+    block_size: int = 128,
+    enter_block: Callable[[Tensor, Tensor], None] | None = None,
+) -> Assignment:
     """Round every weight to the level nearest to its target, feeding errors back into later targets.
 
     Errors of finished blocks reach a block's targets through one matrix product; only within a block they travel
@@ -80,6 +91,9 @@ def sweep(weight: Tensor, factor: SweepFactor, nearest: ColumnRounder, *, block_
         factor: of the Hessian of the layer's inputs.
         nearest: rounds one column of targets.
         block_size: columns per block.
+        enter_block: called before the columns of each block are rounded, with their positions, (columns,) int64, and
+            with their weights as they best make up for all errors so far, (out_features, columns). Those are GPTQ's
+            updated weights. A target is more: it also knows the errors of the columns between.
     """
     # One row per input, so that a step of the sweep works on contiguous memory for all output rows at once.
     values = weight.T[factor.columns]
@@ -89,6 +103,8 @@ def sweep(weight: Tensor, factor: SweepFactor, nearest: ColumnRounder, *, block_
     for end in range(len(columns), 0, -block_size):
         start = max(0, end - block_size)
         targets = torch.addmm(values[start:end], feedback[end:, start:end].T, error[end:])
+        if enter_block is not None:
+            enter_block(factor.columns[start:end], _updated(values[start:end], targets, feedback[start:end, start:end]))
         for row in range(end - 1, start - 1, -1):
             within = row - start
             codes[row], levels = nearest(columns[row], targets[within])
@@ -96,3 +112,22 @@ def sweep(weight: Tensor, factor: SweepFactor, nearest: ColumnRounder, *, block_
             targets[:within].addr_(feedback[row, start:row], error[row])
     natural = inverse_order(factor.columns)
     return Assignment(codes=codes[natural].T.contiguous(), error=error[natural].T.contiguous())
+
+
+def _updated(values: Tensor, targets: Tensor, feedback: Tensor) -> Tensor:
+    """The weights of a block that minimise the loss, all errors behind the block being fixed.
+
+    With c = e L over the inputs behind, y the change of the remaining weights, the least ||c - y L||² is 0. As L is
+    triangular, the block's own part of y L = c is a system by itself; dividing by pivots turns c into the shift of
+    the targets and L into the feedback.
+
+    Args:
+        values: (columns, out_features), the block's weights.
+        targets: (columns, out_features), those weights shifted by the errors behind the block.
+        feedback: (columns, columns) within the block.
+
+    Returns:
+        (out_features, columns).
+    """
+    change: Tensor = torch.linalg.solve_triangular(feedback.T, targets - values, upper=True, unitriangular=True)
+    return (values + change).T

@@ -6,7 +6,18 @@ import torch
 from quantlab import registry
 from quantlab.testing import Status, check_quantizer, parametrize_with_checks
 
-BUNDLED = ("ganq", "gptq", "kmeans", "rtn")
+BUNDLED = ("ganq", "gptq", "kmeans", "leanquant", "lnq", "quantease", "rtn")
+VARIANTS = [
+    ("gptq", {"clip_search": "hessian"}),
+    ("gptq", {"groups": "dynamic", "column_order": "natural", "clip_search": "weight"}),
+    ("kmeans", {"hessian_power": 0.5}),
+    ("leanquant", {"exponent": 2.0, "column_order": "natural"}),
+    ("quantease", {"start": "gptq", "iterations": 2, "column_order": "hessian_diagonal"}),
+    ("quantease", {"iterations": 8, "outliers": "unstructured", "outlier_fraction": 0.05}),
+    ("quantease", {"iterations": 8, "outliers": "structured", "outlier_fraction": 0.05}),
+    ("rtn", {"clip_search": "weight"}),
+    ("rtn", {"clip_search": "hessian"}),
+]
 PRESETS = [(name, preset) for name in BUNDLED for preset in registry.load(name).info.presets]
 
 
@@ -22,6 +33,11 @@ def test_bundled_method_keeps_the_contract(quantizer, check):
 
 @parametrize_with_checks([registry.configure(name, preset=preset) for name, preset in PRESETS])
 def test_preset_keeps_the_contract(quantizer, check):
+    check(quantizer)
+
+
+@parametrize_with_checks([registry.configure(name, options=options) for name, options in VARIANTS])
+def test_method_with_other_options_keeps_the_contract(quantizer, check):
     check(quantizer)
 
 

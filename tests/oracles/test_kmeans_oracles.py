@@ -6,18 +6,21 @@ import torch
 from quantlab.solvers.kmeans import kmeans_levels
 
 
-def squared_error(rows, levels):
-    return (rows[..., None] - levels[:, None]).abs().amin(dim=2).square().sum(dim=1)
+def squared_error(rows, levels, weights=1.0):
+    return ((rows[..., None] - levels[:, None]).abs().amin(dim=2).square() * weights).sum(dim=1)
 
 
-def optimal_squared_error(row, levels):
+def optimal_squared_error(row, levels, weights=None):
     """Clusters of sorted values are intervals: best[k][j] is the least error of the first j values in k intervals."""
-    values = row.sort().values.tolist()
-    n = len(values)
+    values, order = row.sort()
+    weights = (torch.ones_like(row) if weights is None else weights)[order].tolist()
+    values, n = values.tolist(), len(values)
 
     def cost(i, j):
-        mean = sum(values[i:j]) / (j - i)
-        return sum((value - mean) ** 2 for value in values[i:j])
+        members = list(zip(values[i:j], weights[i:j], strict=True))
+        mass = sum(weight for _, weight in members)
+        mean = sum(value * weight for value, weight in members) / mass if mass else 0.0
+        return sum(weight * (value - mean) ** 2 for value, weight in members)
 
     costs = {(i, j): cost(i, j) for i in range(n) for j in range(i + 1, n + 1)}
     best = [0.0] + [float("inf")] * n
@@ -99,3 +102,83 @@ def test_one_outlier_costs_one_level(levels):
     with_outlier = torch.cat([rows, torch.full((8, 1), 1e4, dtype=torch.float64)], dim=1)
     error = squared_error(with_outlier, kmeans_levels(with_outlier, levels, iterations=50)).sum()
     assert error < 1.05 * squared_error(rows, kmeans_levels(rows, levels - 1, iterations=50)).sum()
+
+
+def skewed_weights(count, size, power, seed=1):
+    """Weights over several orders of magnitude, as powers of second moments are."""
+    return normal_rows(count, size, seed).mul(power).exp()
+
+
+@pytest.mark.parametrize("power", [0.5, 2.0, 4.0])
+@pytest.mark.parametrize("levels", [2, 3, 4])
+def test_weighted_error_is_between_the_optimum_and_a_little_more(levels, power):
+    rows, weights = normal_rows(20, 32), skewed_weights(20, 32, power)
+    pairs = zip(rows, weights, strict=True)
+    optimum = torch.tensor([optimal_squared_error(row, levels, part) for row, part in pairs], dtype=torch.float64)
+    found = squared_error(rows, kmeans_levels(rows, levels, 50, weights), weights)
+    assert (found >= optimum * (1 - 1e-9)).all()
+    assert (found / optimum).mean() < 1.05
+    unweighted = squared_error(rows, kmeans_levels(rows, levels, 50), weights)
+    assert (unweighted / optimum).mean() > (found / optimum).mean()
+
+
+@pytest.mark.parametrize("power", [1.0, 8.0])
+def test_separated_clusters_have_their_weighted_means_as_levels(power):
+    centers = torch.tensor([-9.0, -2.0, 3.0, 10.0], dtype=torch.float64)
+    rows = (centers[:, None] + normal_rows(4, 25) / 10).flatten()[None]
+    weights = skewed_weights(1, 100, power)
+    levels = kmeans_levels(rows, 4, 50, weights)
+    clusters, parts = rows.view(4, 25), weights.view(4, 25)
+    torch.testing.assert_close(levels[0], (clusters * parts).sum(dim=1) / parts.sum(dim=1), rtol=1e-9, atol=0)
+    optimum = optimal_squared_error(rows[0], 4, weights[0])
+    assert squared_error(rows, levels, weights).item() == pytest.approx(optimum, rel=1e-9)
+
+
+def test_weighted_levels_are_the_weighted_means_of_their_nearest_values():
+    rows, weights = normal_rows(5, 200), skewed_weights(5, 200, 2.0)
+    levels = kmeans_levels(rows, 8, 1000, weights)
+    nearest = (rows[..., None] - levels[:, None]).abs().argmin(dim=2)
+    for level in range(8):
+        members = weights * (nearest == level)
+        means = (rows * members).sum(dim=1) / members.sum(dim=1)
+        torch.testing.assert_close(levels[:, level], means, rtol=1e-9, atol=1e-9)
+
+
+def test_a_whole_weight_counts_as_that_many_values():
+    generator = torch.Generator().manual_seed(3)
+    counts = torch.randint(1, 5, (24,), generator=generator)
+    row = normal_rows(1, 24)
+    repeated = row.repeat_interleave(counts, dim=1)
+    for levels in (2, 4):
+        weighted = squared_error(repeated, kmeans_levels(row, levels, 100, counts.double()))
+        by_repetition = squared_error(repeated, kmeans_levels(repeated, levels, 100))
+        optimum = optimal_squared_error(repeated[0], levels)
+        assert weighted.item() == pytest.approx(optimum, rel=0.2)
+        assert by_repetition.item() == pytest.approx(optimum, rel=0.2)
+
+
+@pytest.mark.parametrize("levels", [3, 16])
+def test_values_without_weight_are_as_good_as_absent(levels):
+    rows, weights = normal_rows(6, 64), skewed_weights(6, 64, 2.0)
+    silent = torch.arange(64) % 3 == 0
+    expected = kmeans_levels(rows[:, ~silent], levels, 50, weights[:, ~silent])
+    rows[:, silent] = 1e3 * normal_rows(6, int(silent.sum()), seed=5)
+    torch.testing.assert_close(kmeans_levels(rows, levels, 50, weights * ~silent), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_few_values_with_weight_are_represented_exactly():
+    rows = normal_rows(8, 100)
+    weights = skewed_weights(8, 100, 3.0) * (torch.arange(100) % 10 == 4)
+    assert (squared_error(rows, kmeans_levels(rows, 10, 50, weights), weights) == 0).all()
+
+
+@pytest.mark.parametrize("levels", [2, 4])
+def test_weights_over_many_orders_of_magnitude_are_no_obstacle(levels):
+    rows, weights = normal_rows(8, 32), skewed_weights(8, 32, 20.0)
+    assert weights.amax() / weights.amin() > 1e30
+    found = kmeans_levels(rows, levels, 50, weights)
+    assert (found >= rows.amin(dim=1, keepdim=True)).all()
+    assert (found <= rows.amax(dim=1, keepdim=True)).all()
+    pairs = zip(rows, weights, strict=True)
+    optimum = torch.tensor([optimal_squared_error(row, levels, part) for row, part in pairs], dtype=torch.float64)
+    assert (squared_error(rows, found, weights) / optimum).mean() < 1.05

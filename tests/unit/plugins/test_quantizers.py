@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from quantlab.api import CodebookSpec, InputStatistics, LayerProblem, Lut, UniformGrid, layer_loss
-from quantlab.solvers.grid import minmax_grid, round_to_nearest
+from quantlab.solvers.grid import fit_grid, minmax_grid, round_to_nearest
+from quantlab.solvers.kmeans import kmeans_levels
 from quantlab_ganq import GanqQuantizer
 from quantlab_gptq import GptqQuantizer
 from quantlab_kmeans import KmeansQuantizer
+from quantlab_leanquant import LeanquantQuantizer
 from quantlab_rtn import RtnQuantizer
 
 
@@ -70,7 +72,7 @@ def test_kmeans_fits_a_table_per_group():
     assert torch.equal(answer.dequantize(), problem().weight)  # eight values on eight levels
 
 
-@pytest.mark.parametrize("method", [GptqQuantizer, GanqQuantizer])
+@pytest.mark.parametrize("method", [GptqQuantizer, GanqQuantizer, LeanquantQuantizer])
 def test_diagnostics_tell_the_undamped_loss_and_the_damping_that_was_needed(method):
     layer = problem(tokens=5)
     answer = method(damping=0.0).quantize(layer)
@@ -95,3 +97,68 @@ def test_ganq_gives_dead_inputs_the_nearest_final_level():
     answer = GanqQuantizer().quantize(silent)
     distance = (layer.weight[..., None] - answer.codebook.levels()).abs().amin(dim=2)
     assert torch.equal((layer.weight - answer.dequantize()).abs()[:, ::3], distance[:, ::3])
+
+
+@pytest.mark.parametrize("clip_search", ["weight", "hessian"])
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}], ids=str)
+def test_rtn_rounds_to_the_searched_grid(clip_search, options):
+    layer = problem(bits=2, group_size=16)
+    answer = RtnQuantizer(clip_search=clip_search, **options).quantize(layer)
+    expected = fit_grid(
+        layer.weight, layer.spec, clip_search, hessian_diagonal=layer.require_hessian().diagonal(), **options
+    )
+    assert torch.equal(answer.codebook.scale, expected.scale)
+    assert not torch.equal(answer.codes, RtnQuantizer(**options).quantize(layer).codes)
+
+
+def test_each_clip_search_of_rtn_has_its_own_answer():
+    answers = [RtnQuantizer(clip_search=name).quantize(problem(bits=2)).codes for name in ("none", "weight", "hessian")]
+    assert len({tuple(codes.flatten().tolist()) for codes in answers}) == 3
+
+
+@pytest.mark.parametrize("clip_search", ["weight", "hessian"])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_gptq_sweeps_over_the_searched_grid(group_size, clip_search):
+    layer = problem(bits=2, group_size=group_size)
+    answer = GptqQuantizer(clip_search=clip_search).quantize(layer)
+    expected = fit_grid(layer.weight, layer.spec, clip_search, hessian_diagonal=layer.require_hessian().diagonal())
+    assert torch.equal(answer.codebook.scale, expected.scale)
+    assert not torch.equal(answer.codes, GptqQuantizer().quantize(layer).codes)
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_kmeans_weighs_each_value_by_the_power_of_its_input(group_size):
+    layer = problem(bits=2, group_size=group_size)
+    energy = layer.require_hessian().diagonal()
+    size = group_size or 32
+    values = KmeansQuantizer(hessian_power=0.5).quantize(layer).codebook.values
+    for group in range(32 // size):
+        columns = slice(group * size, (group + 1) * size)
+        expected = kmeans_levels(layer.weight[:, columns], 4, 50, energy[columns].sqrt())
+        torch.testing.assert_close(values[:, group], expected)
+
+
+def test_kmeans_weighted_by_the_hessian_has_less_error_where_the_input_is_strong():
+    layer = problem(bits=2)
+    diagonal = layer.require_hessian().diagonal()
+    errors = [
+        ((layer.weight - KmeansQuantizer(hessian_power=power).quantize(layer).dequantize()).square() * diagonal).sum()
+        for power in (1.0, 0.5, 0.0)
+    ]
+    assert errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize("options", [{"exponent": 1.0}, {"damping": 1.0}, {"column_order": "natural"}], ids=str)
+def test_every_option_of_leanquant_changes_its_answer(options):
+    changed = LeanquantQuantizer(**options).quantize(problem())
+    assert not torch.equal(changed.dequantize(), LeanquantQuantizer().quantize(problem()).dequantize())
+
+
+def test_leanquant_has_no_overflow_at_any_exponent():
+    answer = LeanquantQuantizer(exponent=1e4).quantize(problem())
+    assert torch.isfinite(answer.dequantize()).all()
+
+
+def test_kmeans_has_no_overflow_at_any_power():
+    answer = KmeansQuantizer(hessian_power=1e4).quantize(problem())
+    assert torch.isfinite(answer.dequantize()).all()

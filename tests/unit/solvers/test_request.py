@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,8 +10,9 @@ from quantlab.api import (
     Lut,
     QuantizedLayer,
     QuantizerInfo,
+    Statistic,
 )
-from quantlab.solvers.request import check_request, with_loss, working_dtype
+from quantlab.solvers.request import check_request, with_hessian, with_loss, working_dtype
 
 INFO = QuantizerInfo(name="some", summary="", paper="", bits=frozenset({3, 4}))
 
@@ -50,3 +53,10 @@ def test_loss_is_added_to_the_other_diagnostics():
     layer = LayerProblem(name="l", weight=torch.ones(3, 2), spec=CodebookSpec(bits=2), statistics=statistics)
     answer = QuantizedLayer(codes=torch.zeros(3, 2, dtype=torch.uint8), codebook=Lut(values=torch.zeros(3, 1, 4)))
     assert with_loss(answer, layer, damping=0.5).diagnostics == {"loss": 9.0, "damping": 0.5}
+
+
+def test_capabilities_with_hessian_differ_in_nothing_else():
+    needing = with_hessian(INFO)
+    assert needing.needs == {Statistic.HESSIAN}
+    assert replace(needing, needs=frozenset()) == INFO
+    assert INFO.needs == frozenset()

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from quantlab.api import Lut
@@ -56,3 +57,36 @@ def test_the_damping_used_is_reported():
     hessian = torch.ones(4, 4)
     factor = factor_for_sweep(hessian, torch.arange(4), 0.0, torch.float32)
     assert factor.damping > 0
+
+
+def test_pivots_are_the_diagonal_of_the_factor_in_its_order():
+    _, factor, _ = setup(dtype=torch.float64)
+    inputs = normal(60, 20, seed=1)
+    hessian = (inputs.T @ inputs / 60).double()
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(20)
+    lower = torch.linalg.cholesky(damped[factor.columns][:, factor.columns])
+    torch.testing.assert_close(factor.pivots, lower.diagonal(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("block_size", [1, 6, 20, 50])
+def test_blocks_are_entered_with_the_weights_that_best_make_up_for_all_errors_so_far(block_size):
+    weight, factor, lut = setup(dtype=torch.float64)
+    entries = []
+    result = sweep(
+        weight, factor, LutRounder(lut, 20), block_size=block_size, enter_block=lambda *entry: entries.append(entry)
+    )
+    assert torch.cat([columns for columns, _ in reversed(entries)]).tolist() == factor.columns.tolist()
+    lower = factor.feedback * factor.pivots
+    hessian = torch.empty_like(lower)
+    hessian[factor.columns[:, None], factor.columns] = lower @ lower.T
+    done = torch.zeros(20, dtype=torch.bool)
+    for columns, updated in entries:
+        free = ~done
+        # The errors of the free inputs that minimise e H eᵀ for the errors already made.
+        best = -torch.linalg.solve(hessian[free][:, free], hessian[free][:, done] @ result.error[:, done].T).T
+        expected = weight.clone()
+        expected[:, free] -= best
+        torch.testing.assert_close(updated, expected[:, columns], rtol=1e-8, atol=1e-8)
+        done[columns] = True
+    plain = sweep(weight, factor, LutRounder(lut, 20), block_size=block_size)
+    assert torch.equal(plain.codes, result.codes)

@@ -1,0 +1,90 @@
+"""LNQ: alternate between the best codebook for the codes and better codes for the codebook.
+
+Both steps descend on the same loss, e H eᵀ with the undamped Hessian (arXiv:2505.07004):
+
+    codebook step      codes fixed: the exact minimiser in closed form (`quantlab.solvers.codebook`)
+    coordinate descent codebook fixed: passes of exact minimisation over single codes (`quantlab.solvers.descent`)
+
+So the loss of no row ever rises, and the last pair is the best.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantlab.api import MAX_BITS, MIN_BITS, LayerProblem, Lut, QuantizedLayer, QuantizerInfo, Statistic
+from quantlab.solvers.codebook import Codebooks, refit_codebook
+from quantlab.solvers.descent import descend
+from quantlab.solvers.kmeans import kmeans_levels
+from quantlab.solvers.nearest import LutRounder, nearest_codes
+from quantlab.solvers.order import ColumnOrder, check_column_order, processing_order
+from quantlab.solvers.request import check_request, with_loss, working_dtype
+from quantlab.solvers.sweep import Assignment
+
+_KMEANS_ITERATIONS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class LnqQuantizer:
+    """Per-row look-up tables by alternating descent, from k-means of the weights.
+
+    The published start is k-means weighted by the sensitivity of the model's output; here each input counts by its
+    mean square, H_jj, which is what the layer's own loss knows about it.
+
+    Attributes:
+        iterations: pairs of codebook step and coordinate descent; one more codebook step follows.
+        cd_sweeps: passes over all codes in each coordinate descent, fewer if one changes nothing.
+        column_order: "hessian_diagonal" visits strong inputs first, "natural" from first to last.
+    """
+
+    info: ClassVar[QuantizerInfo] = QuantizerInfo(
+        name="lnq",
+        summary="look-up table and codes by alternating descent",
+        paper="arXiv:2505.07004",
+        bits=frozenset(range(MIN_BITS, MAX_BITS + 1)),
+        needs=frozenset({Statistic.HESSIAN}),
+        presets={"paper": {"iterations": 2, "cd_sweeps": 4, "column_order": "natural"}},
+    )
+
+    iterations: int = 3
+    cd_sweeps: int = 4
+    column_order: ColumnOrder = "hessian_diagonal"
+
+    def __post_init__(self) -> None:
+        check_column_order(self.column_order)
+        if self.iterations < 1:
+            raise ValueError(f"iterations={self.iterations} must be at least 1")
+        if self.cd_sweeps < 1:
+            raise ValueError(f"cd_sweeps={self.cd_sweeps} must be at least 1")
+
+    def quantize(self, problem: LayerProblem) -> QuantizedLayer:
+        """Quantize one layer; its loss is a diagnostic."""
+        check_request(problem, self.info)
+        dtype = working_dtype(problem.weight, problem.require_hessian())
+        weight, hessian = problem.weight.to(dtype), problem.require_hessian().to(dtype)
+        fitted = self._alternate(weight, hessian, _start(weight, hessian, problem.spec.levels))
+        lut = Lut(values=fitted.levels[:, None].float())
+        # No loss counts dead inputs, but other text may wake them up.
+        codes = torch.where(hessian.diagonal() == 0, nearest_codes(weight, lut), fitted.codes)
+        return with_loss(QuantizedLayer(codes=codes, codebook=lut), problem)
+
+    def _alternate(self, weight: Tensor, hessian: Tensor, fitted: Codebooks) -> Codebooks:
+        order = processing_order(hessian, self.column_order, backwards=False)
+        fitted = _refit(weight, hessian, fitted)
+        for _ in range(self.iterations):
+            nearest = LutRounder(Lut(values=fitted.levels[:, None]), weight.shape[1])
+            start = Assignment(codes=fitted.codes, error=weight - fitted.dequantize())
+            codes = descend(weight, start, hessian, order, nearest, sweeps=self.cd_sweeps).codes
+            fitted = _refit(weight, hessian, Codebooks(levels=fitted.levels, codes=codes))
+        return fitted
+
+
+def _start(weight: Tensor, hessian: Tensor, levels: int) -> Codebooks:
+    centers = kmeans_levels(weight, levels, _KMEANS_ITERATIONS, hessian.diagonal())
+    return Codebooks(levels=centers, codes=nearest_codes(weight, Lut(values=centers[:, None])))
+
+
+def _refit(weight: Tensor, hessian: Tensor, fitted: Codebooks) -> Codebooks:
+    return refit_codebook(fitted.levels, fitted.codes, weight - fitted.dequantize(), hessian)

@@ -1,0 +1,99 @@
+"""QuantEase: pass after pass, every weight goes to the level that is best for all the others as they are.
+
+The grid is fixed. Some passes leave rounding out: the weights leave the grid for where the loss is smaller, and the
+next pass rounds them anew from there. That is how a poor local optimum is left behind.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
+
+from quantlab.api import MAX_BITS, MIN_BITS, LayerProblem, QuantizedLayer, QuantizerInfo, Statistic
+from quantlab.solvers.grid import as_stored, minmax_grid
+from quantlab.solvers.nearest import GridRounder
+from quantlab.solvers.order import ColumnOrder, check_column_order, processing_order
+from quantlab.solvers.request import check_request, with_loss, working_dtype
+from quantlab_quantease.outliers import OutlierKind, OutlierSupport, as_outliers
+from quantlab_quantease.state import DescentState
+
+Start = Literal["float", "gptq"]
+
+_RELAXATION_PERIOD = 3
+_LAST_RELAXATION = 25
+_GPTQ_DAMPING = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuanteaseQuantizer:
+    """Cyclic coordinate descent over the codes of a min-max grid (arXiv:2309.01885, Algorithms 1 and 2).
+
+    Outliers of either kind are stored one by one, with 16 bits for the value and 32 for its place, so 1% of them
+    takes half a bit per weight. They are chosen among all rows together: with outliers, rows are not independent.
+
+    Attributes:
+        iterations: passes over all inputs; after a start from GPTQ, 2 are customary.
+        column_order: "natural" visits inputs from first to last, "hessian_diagonal" strong ones first.
+        start: "float" begins at the original weights and leaves out rounding in passes 1, 4, 7, ..., 25, counted from
+            0, unless they are the last. "gptq" begins at the answer of GPTQ and only descends from there.
+        outliers: "unstructured" corrects single weights, "structured" whole columns, "none" nothing.
+        outlier_fraction: share of the weights, or of the columns, that are corrected; not read without outliers.
+    """
+
+    info: ClassVar[QuantizerInfo] = QuantizerInfo(
+        name="quantease",
+        summary="uniform grid with codes refined by coordinate descent",
+        paper="arXiv:2309.01885",
+        bits=frozenset(range(MIN_BITS, MAX_BITS + 1)),
+        needs=frozenset({Statistic.HESSIAN}),
+        supports_groups=True,
+        presets={"paper": {"iterations": 30, "column_order": "natural", "start": "float", "outliers": "none"}},
+    )
+
+    iterations: int = 30
+    column_order: ColumnOrder = "natural"
+    start: Start = "float"
+    outliers: OutlierKind = "none"
+    outlier_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_column_order(self.column_order)
+        if self.iterations < 1:
+            raise ValueError(f"iterations={self.iterations} must be at least 1")
+        if self.start not in get_args(Start):
+            raise ValueError(f"start={self.start!r} must be one of {', '.join(get_args(Start))}")
+        if self.outliers not in get_args(OutlierKind):
+            raise ValueError(f"outliers={self.outliers!r} must be one of {', '.join(get_args(OutlierKind))}")
+        if not 0 <= self.outlier_fraction <= 1:
+            raise ValueError(f"outlier_fraction={self.outlier_fraction} must be between 0 and 1")
+        if self.outliers != "none":
+            # The way past a frozen dataclass.
+            object.__setattr__(self, "info", replace(self.info, row_independent=False))
+
+    def quantize(self, problem: LayerProblem) -> QuantizedLayer:
+        """Quantize one layer; diagnostics are its loss and, for a start from GPTQ, its damping and fallbacks."""
+        check_request(problem, self.info)
+        dtype = working_dtype(problem.weight, problem.require_hessian())
+        weight, hessian = problem.weight.to(dtype), problem.require_hessian().to(dtype)
+        support = OutlierSupport(self.outliers, self.outlier_fraction)
+        grid = minmax_grid(support.without(weight, problem.spec.group_size), problem.spec)
+        order = processing_order(hessian, self.column_order, backwards=False)
+        state = DescentState(weight, hessian, order, GridRounder(grid, problem.in_features), support)
+        diagnostics = self._start(state)
+        for iteration in range(self.iterations):
+            if self._leaves_out_rounding(iteration):
+                state.relax()
+            else:
+                state.round()
+            if self.outliers != "none":
+                state.update_outliers()
+        layer = QuantizedLayer(codes=state.codes, codebook=as_stored(grid), outliers=as_outliers(state.sparse))
+        return with_loss(layer, problem, **diagnostics)
+
+    def _start(self, state: DescentState) -> dict[str, float]:
+        if self.start == "float":
+            return {}
+        damping = state.start_from_gptq(_GPTQ_DAMPING)
+        return {"damping": damping, "fallbacks": float(damping > _GPTQ_DAMPING)}
+
+    def _leaves_out_rounding(self, iteration: int) -> bool:
+        in_turn = iteration % _RELAXATION_PERIOD == 1 and iteration <= _LAST_RELAXATION
+        return self.start == "float" and in_turn and iteration != self.iterations - 1

@@ -1,0 +1,71 @@
+"""One layer in the course of coordinate descent: W = What + S + E."""
+
+import torch
+from torch import Tensor
+
+from quantlab.solvers.descent import descend, relax, round_descending
+from quantlab.solvers.nearest import ColumnRounder
+from quantlab.solvers.sweep import Assignment, factor_for_sweep, sweep
+from quantlab_quantease.outliers import OutlierSupport, largest_eigenvalue_bound, thresholding_step
+
+
+class DescentState:
+    """Codes and sparse corrections of one layer, improved in place; it begins at the weight, on no grid.
+
+    Args:
+        weight: W, (out_features, in_features).
+        hessian: (in_features, in_features), undamped, in the dtype of the weight.
+        order: (in_features,) int64, the input visited first, second, and so on.
+        nearest: rounds to the grid.
+        support: what the corrections may be.
+
+    Attributes:
+        codes: (out_features, in_features) uint8; they mean nothing until the weights have been rounded.
+        sparse: S, (out_features, in_features).
+    """
+
+    def __init__(
+        self, weight: Tensor, hessian: Tensor, order: Tensor, nearest: ColumnRounder, support: OutlierSupport
+    ) -> None:
+        self._weight = weight
+        self._hessian = hessian
+        self._order = order
+        self._nearest = nearest
+        self._support = support
+        self._largest_eigenvalue: float | None = None
+        self._error = torch.zeros_like(weight)
+        self._on_grid = False
+        self.codes = torch.zeros_like(weight, dtype=torch.uint8)
+        self.sparse = support.keep_largest(weight)
+
+    def start_from_gptq(self, damping: float) -> float:
+        """Round by one triangular sweep with error feedback; returns the damping that it took."""
+        factor = factor_for_sweep(self._hessian, self._order, damping, self._weight.dtype)
+        self._accept(sweep(self._weight - self.sparse, factor, self._nearest))
+        return factor.damping
+
+    def round(self) -> None:
+        """Visit every input once and put it on its best level; the loss does not rise if all were on levels."""
+        target = self._weight - self.sparse
+        if self._on_grid:
+            start = Assignment(codes=self.codes, error=self._error)
+            self._accept(descend(target, start, self._hessian, self._order, self._nearest, sweeps=1))
+        else:
+            self._accept(round_descending(target, self._error, self._hessian, self._order, self._nearest))
+
+    def relax(self) -> None:
+        """Visit every input once and put it where the loss is smallest, on a level or not."""
+        self._error = relax(self._error, self._hessian, self._order)
+        self._on_grid = False
+
+    def update_outliers(self) -> None:
+        """Take one thresholding step for the sparse corrections; the loss does not rise."""
+        if self._largest_eigenvalue is None:
+            self._largest_eigenvalue = largest_eigenvalue_bound(self._hessian)
+        updated = thresholding_step(self.sparse, self._error, self._hessian, self._largest_eigenvalue, self._support)
+        self._error = self._error - (updated - self.sparse)
+        self.sparse = updated
+
+    def _accept(self, assignment: Assignment) -> None:
+        self.codes, self._error = assignment.codes, assignment.error
+        self._on_grid = True
