@@ -9,9 +9,11 @@ does not depend on the order of files or on the Python version.
 """
 
 import hashlib
+import os
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,8 +41,8 @@ def read_documents(split: Split) -> dict[str, str]:
     """
     documents = {
         name: text
-        for name, text in (*_modules(), *_topics())
-        if text.strip() and is_held_out(name) == (split == "held_out")
+        for name, read in (*_modules(), *_topics())
+        if is_held_out(name) == (split == "held_out") and (text := read()).strip()
     }
     if not documents:
         raise DataError(
@@ -54,20 +56,29 @@ def _library_folder() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def _modules() -> Iterator[tuple[str, str]]:
+def _modules() -> Iterator[tuple[str, Callable[[], str]]]:
+    """Names of modules, and how to read their sources."""
     root = _library_folder()
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if _SKIPPED_FOLDERS.isdisjoint(relative.parts):
-            try:
-                with tokenize.open(path) as source:  # honours the file's own coding line
-                    yield ".".join(relative.with_suffix("").parts), source.read()
-            except (OSError, SyntaxError, UnicodeDecodeError):
-                continue  # a distribution may add files that are not valid Python
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = set(subfolders) - _SKIPPED_FOLDERS  # `site-packages` can be larger than the library itself
+        for file in files:
+            path = Path(folder, file)
+            if path.suffix == ".py":
+                yield ".".join(path.relative_to(root).with_suffix("").parts), partial(_read_source, path)
 
 
-def _topics() -> Iterator[tuple[str, str]]:
+def _read_source(path: Path) -> str:
+    """The text of a module; nothing if it is not valid Python, as files added by a distribution may be."""
+    try:
+        with tokenize.open(path) as source:  # honours the file's own coding line
+            return source.read()
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return ""
+
+
+def _topics() -> Iterator[tuple[str, Callable[[], str]]]:
+    """Names of the topics of the language reference, and how to read them."""
     from pydoc_data.topics import topics
 
     for topic, text in topics.items():
-        yield f"pydoc_data.topics:{topic}", text
+        yield f"pydoc_data.topics:{topic}", partial(str, text)
