@@ -8,6 +8,9 @@ layer's output, where e = w - ŵ (arXiv:2501.12956, Eq. 3). Two steps alternate:
 
 The codebook step never raises the loss. The assignment step can, because it is greedy: so the best pair that a row
 has met is kept, row by row, judged by the undamped Hessian.
+
+Unlike the published algorithm, the assignment step ends by default with passes of coordinate descent over its codes
+(`quantlab.solvers.descent`): the sweep commits to each code while later ones are still open, descent sees them all.
 """
 
 import math
@@ -29,6 +32,7 @@ from quantlab.api import (
     layer_loss,
 )
 from quantlab.solvers.codebook import Codebooks, refit_codebook
+from quantlab.solvers.descent import descend
 from quantlab.solvers.kmeans import kmeans_levels
 from quantlab.solvers.nearest import LutRounder, nearest_codes
 from quantlab.solvers.order import ColumnOrder, check_column_order, processing_order
@@ -45,7 +49,8 @@ class GanqQuantizer:
     Attributes:
         iterations: pairs of assignment and codebook step.
         column_order: "hessian_diagonal" quantizes strong inputs first, "natural" from last to first as published.
-        damping: fraction of the mean diagonal added to the Hessian in the assignment step, and only there.
+        damping: fraction of the mean diagonal added to the Hessian in the triangular sweep, and only there.
+        cd_sweeps: passes of coordinate descent that end each assignment step; 0 as published.
     """
 
     info: ClassVar[QuantizerInfo] = QuantizerInfo(
@@ -54,12 +59,13 @@ class GanqQuantizer:
         paper="arXiv:2501.12956",
         bits=frozenset(range(MIN_BITS, MAX_BITS + 1)),
         needs=frozenset({Statistic.HESSIAN}),
-        presets={"paper": {"iterations": 10, "column_order": "natural", "damping": 0.01}},
+        presets={"paper": {"iterations": 10, "column_order": "natural", "damping": 0.01, "cd_sweeps": 0}},
     )
 
     iterations: int = 10
     column_order: ColumnOrder = "hessian_diagonal"
     damping: float = 0.01
+    cd_sweeps: int = 2
 
     def __post_init__(self) -> None:
         check_column_order(self.column_order)
@@ -67,6 +73,8 @@ class GanqQuantizer:
             raise ValueError(f"iterations={self.iterations} must be at least 1")
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise ValueError(f"damping={self.damping} must be finite and not negative")
+        if self.cd_sweeps < 0:
+            raise ValueError(f"cd_sweeps={self.cd_sweeps} must not be negative")
 
     def quantize(self, problem: LayerProblem) -> QuantizedLayer:
         """Quantize one layer; diagnostics are its loss and the damping needed, a fallback if more than asked for."""
@@ -76,15 +84,19 @@ class GanqQuantizer:
         order = processing_order(hessian, self.column_order, backwards=True)
         factor = factor_for_sweep(hessian, order, self.damping, weight.dtype)
         start = _initial_levels(weight, hessian, problem.spec.levels)
-        best = _best_per_row(self._iterates(weight, hessian, factor, start), weight, hessian)
+        best = _best_per_row(self._iterates(weight, hessian, order, factor, start), weight, hessian)
         lut = Lut(values=best.levels[:, None].float())
         layer = QuantizedLayer(codes=_with_dead_rounded(best.codes, lut, weight, hessian), codebook=lut)
         return with_loss(layer, problem, damping=factor.damping, fallbacks=float(factor.damping > self.damping))
 
-    def _iterates(self, weight: Tensor, hessian: Tensor, factor: SweepFactor, levels: Tensor) -> Iterator[Codebooks]:
+    def _iterates(
+        self, weight: Tensor, hessian: Tensor, order: Tensor, factor: SweepFactor, levels: Tensor
+    ) -> Iterator[Codebooks]:
         hessian = hessian.to(weight.dtype)
         for _ in range(self.iterations):
-            assignment = sweep(weight, factor, LutRounder(Lut(values=levels[:, None]), weight.shape[1]))
+            nearest = LutRounder(Lut(values=levels[:, None]), weight.shape[1])
+            assignment = sweep(weight, factor, nearest)
+            assignment = descend(weight, assignment, hessian, order, nearest, sweeps=self.cd_sweeps)
             refitted = refit_codebook(levels, assignment.codes, assignment.error, hessian)
             levels = refitted.levels
             yield refitted

@@ -29,6 +29,7 @@ def test_recipe_opens_with_command_hardware_time_and_expectation(name):
     assert all(line.startswith("#") or not line for line in header.splitlines())
     for item in (f"quantlab run {name}\n", "Hardware:", "Time:", "Expected:"):
         assert item in header
+    assert "<" not in header, "a placeholder was left for a measured number"
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -73,7 +73,12 @@ def test_a_run_leaves_a_complete_folder(recipe, tmp_path):
     manifest = read(folder, "manifest.json")
     assert len(manifest["layers"]) == 2 * 7
     assert manifest["fallbacks"] == []
-    assert manifest["method"]["options"] == {"iterations": 2, "column_order": "hessian_diagonal", "damping": 0.01}
+    assert manifest["method"]["options"] == {
+        "iterations": 2,
+        "column_order": "hessian_diagonal",
+        "damping": 0.01,
+        "cd_sweeps": 2,
+    }
     assert manifest["calibration"]["tokens"] == 4 * 32
     (result,) = read(folder, "eval.json")["perplexity"].values()
     assert result["float"] != result["quantized"]

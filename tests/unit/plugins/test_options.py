@@ -20,6 +20,11 @@ def test_iterations_below_one_are_refused(method, iterations):
         method(iterations=iterations)
 
 
+def test_a_negative_number_of_descent_passes_is_refused():
+    with pytest.raises(ValueError, match="cd_sweeps=-1"):
+        GanqQuantizer(cd_sweeps=-1)
+
+
 @pytest.mark.parametrize("method", [GanqQuantizer, GptqQuantizer, LeanquantQuantizer])
 @pytest.mark.parametrize("damping", [-0.01, math.nan, math.inf])
 def test_damping_that_is_negative_or_not_finite_is_refused(method, damping):
@@ -78,4 +83,4 @@ def test_calibration_is_needed_if_and_only_if_an_option_asks_for_it(without, wit
 
 def test_paper_preset_is_the_published_algorithm():
     paper = GanqQuantizer(**GanqQuantizer.info.presets["paper"])
-    assert paper == GanqQuantizer(iterations=10, column_order="natural", damping=0.01)
+    assert paper == GanqQuantizer(iterations=10, column_order="natural", damping=0.01, cd_sweeps=0)
