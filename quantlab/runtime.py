@@ -6,17 +6,63 @@ loaded model equals the one that was calibrated bit for bit.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Self
+from dataclasses import dataclass
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 import quantlab_kernels
 from quantlab.api import CodebookSpec, Lut, Outliers, QuantizedLayer, UniformGrid
-from quantlab.checkpoint.format import ModuleSpec
 from quantlab.errors import NumericalError
 
 CODEBOOK_DTYPE = torch.float16
+
+CodebookKind = Literal["lut", "uniform"]
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """How one linear layer is stored.
+
+    Attributes:
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        bits: code width, 2 to 8.
+        group_size: inputs that share a codebook, a divisor of in_features; None means one codebook per row.
+        codebook: "lut" for free levels, "uniform" for scale and zero.
+        outliers: stored additive corrections.
+        bias: whether the layer has a bias.
+
+    Raises:
+        ValueError: on construction, if a value is out of range.
+    """
+
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int | None
+    codebook: CodebookKind
+    outliers: int
+    bias: bool
+
+    def __post_init__(self) -> None:
+        if self.out_features < 1 or self.in_features < 1:
+            raise ValueError(f"a weight of shape ({self.out_features}, {self.in_features}) is empty")
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits} must be between 2 and 8")
+        if self.group_size is not None and (self.group_size < 1 or self.in_features % self.group_size):
+            raise ValueError(f"group_size={self.group_size} must divide in_features={self.in_features}")
+        if self.codebook not in ("lut", "uniform"):
+            raise ValueError(f"codebook={self.codebook!r} must be 'lut' or 'uniform'")
+        if not 0 <= self.outliers <= self.out_features * self.in_features:
+            raise ValueError(f"outliers={self.outliers} must be between 0 and the number of weights")
+
+    @property
+    def groups(self) -> int:
+        """Codebooks per output row."""
+        return 1 if self.group_size is None else self.in_features // self.group_size
+
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 

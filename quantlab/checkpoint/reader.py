@@ -8,10 +8,10 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from quantlab.checkpoint.format import CONFIG_NAME, ModuleSpec, QuantizationConfig
+from quantlab.checkpoint.format import CONFIG_NAME, QuantizationConfig
 from quantlab.checkpoint.index import read_index, read_json, read_shard
 from quantlab.errors import CheckpointError
-from quantlab.runtime import LutLinear, storage_layout
+from quantlab.runtime import LutLinear, ModuleSpec, storage_layout
 from quantlab.skeleton import build_skeleton, read_config, tie_weights
 
 

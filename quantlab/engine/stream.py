@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantlab.api import InputStatistics
-from quantlab.checkpoint.format import ModuleSpec
 from quantlab.checkpoint.writer import CheckpointWriter
 from quantlab.engine.drive import BlockDriver, RecordedBatch, deduplicate
 from quantlab.engine.linears import (
@@ -25,6 +24,7 @@ from quantlab.engine.linears import (
 )
 from quantlab.engine.solve import LayerResult, SolveOptions, solve_layers
 from quantlab.progress import Progress
+from quantlab.runtime import ModuleSpec
 from quantlab.skeleton import WeightSource, build_skeleton, find_blocks, read_config, unload
 
 TOKENS_PER_BATCH = 4096

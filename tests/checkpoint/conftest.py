@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 from transformers.pytorch_utils import Conv1D
 
 from quantlab.api import CodebookSpec, Lut, Outliers, QuantizedLayer, UniformGrid
-from quantlab.checkpoint.format import ModuleSpec, QuantizationConfig
+from quantlab.checkpoint.format import QuantizationConfig
 from quantlab.checkpoint.writer import CheckpointWriter
-from quantlab.runtime import LutLinear
+from quantlab.runtime import LutLinear, ModuleSpec
 
 SIZES = {"vocab_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 LLAMA = {**SIZES, "hidden_size": 16, "intermediate_size": 24, "bos_token_id": 1, "eos_token_id": 2}

@@ -3,8 +3,9 @@ import json
 
 import pytest
 
-from quantlab.checkpoint.format import ModuleSpec, QuantizationConfig
+from quantlab.checkpoint.format import QuantizationConfig
 from quantlab.errors import CheckpointError
+from quantlab.runtime import ModuleSpec
 
 SPEC = ModuleSpec(out_features=8, in_features=64, bits=4, group_size=32, codebook="uniform", outliers=3, bias=True)
 CONFIG = QuantizationConfig(

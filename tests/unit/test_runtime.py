@@ -5,9 +5,8 @@ import torch
 from torch.nn.functional import linear
 
 from quantlab.api import CodebookSpec, Lut, Outliers, QuantizedLayer, UniformGrid
-from quantlab.checkpoint.format import ModuleSpec
 from quantlab.errors import NumericalError
-from quantlab.runtime import LutLinear, storage_layout
+from quantlab.runtime import LutLinear, ModuleSpec, storage_layout
 
 ROWS, COLUMNS, BITS, GROUP = 5, 40, 3, 20
 SPEC = CodebookSpec(bits=BITS, group_size=GROUP)
