@@ -15,13 +15,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
 
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quantlab import registry
 from quantlab._version import __version__
@@ -30,83 +30,20 @@ from quantlab.calibration.tokens import TokenWindows, calibration_windows, evalu
 from quantlab.checkpoint.format import QuantizationConfig
 from quantlab.checkpoint.reader import load
 from quantlab.checkpoint.writer import CheckpointWriter
-from quantlab.engine.linears import find_linears, require_quantizable, weight_of
 from quantlab.engine.solve import SolveOptions
 from quantlab.engine.stream import StreamResult, quantize_model
-from quantlab.errors import ModelError, QualityError, RecipeError, UsageError
+from quantlab.errors import QualityError, UsageError
 from quantlab.evaluate.perplexity import perplexity
 from quantlab.models import model_label, resolve_model
+from quantlab.plan import Plan, compute_dtype, plan_run
 from quantlab.progress import NoProgress, Progress
 from quantlab.recipe import LoadedRecipe, Recipe, check_method, dump_recipe, load_recipe
 from quantlab.report.markdown import write_markdown
-from quantlab.skeleton import build_skeleton, find_blocks, load_model, read_config, weight_files
+from quantlab.skeleton import load_model, read_config
 
 MODEL_FOLDER = "model"
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a run would do, known before any weight is read."""
-
-    architecture: str
-    num_blocks: int
-    num_layers: int
-    parameters: int
-    quantized_parameters: int
-    bits: int
-    group_size: int | None
-    calibration_tokens: int
-    largest_hessian_bytes: int
-    source_bytes: int
-
-    def rows(self) -> list[tuple[str, str]]:
-        """The plan for display, as (what, value)."""
-        share = self.quantized_parameters / self.parameters
-        return [
-            ("architecture", self.architecture),
-            ("decoder blocks", str(self.num_blocks)),
-            ("layers to quantize", str(self.num_layers)),
-            ("parameters", f"{self.parameters:,} ({share:.1%} quantized)"),
-            ("bits", str(self.bits)),
-            ("codebooks", "per row" if self.group_size is None else f"per group of {self.group_size}"),
-            ("calibration tokens", f"{self.calibration_tokens:,}"),
-            ("largest Hessian", f"{self.largest_hessian_bytes / 2**20:.1f} MiB"),
-            ("size of the source weights", f"{self.source_bytes / 2**20:.1f} MiB"),
-        ]
-
-
-def plan_run(recipe: Recipe, model_folder: Path) -> Plan:
-    """Examine recipe and model together without reading weights.
-
-    Raises:
-        ModelError: the model cannot be streamed.
-        RecipeError: recipe and model do not fit together.
-    """
-    config = read_config(model_folder)
-    _require_fitting_windows(recipe, config)
-    _require_separate_texts(recipe)
-    model = build_skeleton(config, _compute_dtype(recipe, config))
-    prefix, blocks = find_blocks(model)
-    shapes = []
-    for index, block in enumerate(blocks):
-        require_quantizable(block, f"{prefix}.{index}")
-        for name, linear in find_linears(block).items():
-            shapes.append(tuple(weight_of(linear).shape))
-            _require_fitting_groups(recipe, f"{prefix}.{index}.{name}", shapes[-1][1])
-    return Plan(
-        architecture=type(model).__name__,
-        num_blocks=len(blocks),
-        num_layers=len(shapes),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        quantized_parameters=sum(math.prod(shape) for shape in shapes),
-        bits=recipe.method.bits,
-        group_size=recipe.method.group_size,
-        calibration_tokens=recipe.calibration.num_samples * recipe.calibration.sequence_length,
-        largest_hessian_bytes=4 * max(shape[1] for shape in shapes) ** 2,
-        source_bytes=sum(file.stat().st_size for file in weight_files(model_folder)),
-    )
 
 
 def run(
@@ -179,9 +116,9 @@ def execute(
         run = _Run(loaded.recipe, quantizer, model_folder, folder, _LoggedProgress(progress, log))
         (folder / "recipe.yaml").write_text(loaded.text)
         (folder / "recipe.resolved.yaml").write_text(dump_recipe(loaded.recipe))
-        calibration = run.timed("calibration_text", run.read_calibration)
+        calibration, corpora = run.timed("read_text", run.read_text)
         stream, files = run.timed("quantize", lambda: run.quantize(calibration))
-        evaluation = run.timed("evaluate", lambda: run.evaluate(stream))
+        evaluation = run.timed("evaluate", lambda: run.evaluate(stream, corpora))
         _write_json(folder / "eval.json", evaluation)
         _write_json(folder / "manifest.json", run.manifest(plan, calibration, stream, files, command))
         write_markdown(folder)
@@ -212,7 +149,7 @@ class _Run:
         self.folder = folder
         self.progress = progress
         self.config = read_config(model_folder)
-        self.dtype = _compute_dtype(recipe, self.config)
+        self.dtype = compute_dtype(recipe, self.config)
         self.tokenizer = load_tokenizer(model_folder)
         self.started = time.monotonic()
         self.stages_s: dict[str, float] = {}
@@ -224,12 +161,17 @@ class _Run:
         self.stages_s[stage] = round(time.monotonic() - start, 3)
         return result
 
-    def read_calibration(self) -> TokenWindows:
-        """The token windows that layers are calibrated on."""
-        section = self.recipe.calibration
-        return calibration_windows(
+    def read_text(self) -> tuple[TokenWindows, list[TokenWindows]]:
+        """The windows to calibrate on, and those of every corpus to evaluate on; early, since texts may be missing."""
+        section, evaluation = self.recipe.calibration, self.recipe.evaluation
+        calibration = calibration_windows(
             self.tokenizer, section.name, section.num_samples, section.sequence_length, self.recipe.seed
         )
+        corpora = [
+            evaluation_windows(self.tokenizer, name, evaluation.sequence_length, evaluation.num_windows)
+            for name in evaluation.perplexity
+        ]
+        return calibration, corpora
 
     def quantize(self, calibration: TokenWindows) -> tuple[StreamResult, dict[str, str]]:
         """Write the quantized checkpoint; returns what is reported and the hashes of its files."""
@@ -251,15 +193,11 @@ class _Run:
         )
         return stream, writer.files()
 
-    def evaluate(self, stream: StreamResult) -> dict[str, Any]:
-        """Perplexity of the float and of the reloaded quantized model on every corpus of the recipe."""
-        section = self.recipe.evaluation
-        corpora = [
-            evaluation_windows(self.tokenizer, name, section.sequence_length, section.num_windows)
-            for name in section.perplexity
-        ]
-        quantized = self._perplexities("quantized", lambda: self._reload(stream), corpora)
-        reference = self._perplexities("float", lambda: load_model(self.model_folder, self.dtype), corpora)
+    def evaluate(self, stream: StreamResult, corpora: list[TokenWindows]) -> dict[str, Any]:
+        """Check the written checkpoint, and measure the perplexity of it and of the float model on every corpus."""
+        quantized = self._perplexities("quantized", self._reload(stream), corpora)
+        gc.collect()  # one model in memory at a time
+        reference = self._perplexities("float", load_model(self.model_folder, self.dtype), corpora) if corpora else []
         return {
             "perplexity": {
                 corpus.source: {
@@ -274,16 +212,11 @@ class _Run:
             }
         }
 
-    def _perplexities(
-        self, label: str, load_model: Callable[[], PreTrainedModel], corpora: list[TokenWindows]
-    ) -> list[float]:
-        model = load_model()
+    def _perplexities(self, label: str, model: PreTrainedModel, corpora: list[TokenWindows]) -> list[float]:
         values = []
         for corpus in corpora:
             self.progress.begin(f"perplexity of the {label} model on {corpus.source}", corpus.ids.shape[0], "windows")
             values.append(perplexity(model, corpus.ids, self.progress))
-        del model
-        gc.collect()  # one model in memory at a time
         return values
 
     def _reload(self, stream: StreamResult) -> PreTrainedModel:
@@ -383,44 +316,8 @@ def _staged(output_dir: Path) -> Iterator[Path]:
         raise
 
 
-def _compute_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
-    """The dtype a recipe asks for; "auto" is that of the source model."""
-    if recipe.model.dtype == "auto":
-        return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    dtype: torch.dtype = getattr(torch, recipe.model.dtype)
-    return dtype
-
-
 def _options(quantizer: LayerQuantizer) -> dict[str, Any]:
     return asdict(cast(Any, quantizer))  # the registry admits dataclasses only
-
-
-def _require_fitting_windows(recipe: Recipe, config: PretrainedConfig) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
-    sections = {"calibration": recipe.calibration.sequence_length, "evaluation": recipe.evaluation.sequence_length}
-    for section, length in sections.items():
-        if limit is not None and length > limit:
-            raise RecipeError(
-                f"{section}.sequence_length={length} is longer than the model's context of {limit} tokens; "
-                f"use --set {section}.sequence_length={limit} or less"
-            )
-
-
-def _require_separate_texts(recipe: Recipe) -> None:
-    shared = recipe.calibration.name
-    if shared.startswith("file:") and shared in recipe.evaluation.perplexity:
-        raise RecipeError(
-            f"calibration and evaluation both read {shared}; evaluate on text that the method has not seen"
-        )
-
-
-def _require_fitting_groups(recipe: Recipe, layer: str, in_features: int) -> None:
-    size = recipe.method.group_size
-    if size is not None and in_features % size:
-        raise ModelError(
-            f"{layer}: in_features={in_features} is not a multiple of method.group_size={size}; "
-            "choose a divisor, or group_size: null for one codebook per row"
-        )
 
 
 def _peak_rss_bytes() -> int:

@@ -50,7 +50,8 @@ def run(
     loaded = load_recipe(recipe, overrides, model=model)
 
     # Imports torch: not before the recipe is known good.
-    from quantlab.pipeline import default_output_dir, execute, plan_run, require_free
+    from quantlab.pipeline import default_output_dir, execute, require_free
+    from quantlab.plan import plan_run
 
     folder = output_dir or default_output_dir(loaded)
     require_free(folder)

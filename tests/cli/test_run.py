@@ -31,10 +31,9 @@ def pipeline(monkeypatch, tmp_path):
     def default_output_dir(loaded):
         return Path("runs/default")
 
-    stub = SimpleNamespace(
-        default_output_dir=default_output_dir, execute=execute, plan_run=plan_run, require_free=calls.free.append
-    )
+    stub = SimpleNamespace(default_output_dir=default_output_dir, execute=execute, require_free=calls.free.append)
     monkeypatch.setitem(sys.modules, "quantlab.pipeline", stub)
+    monkeypatch.setitem(sys.modules, "quantlab.plan", SimpleNamespace(plan_run=plan_run))
     calls.stub = stub
     return calls
 

@@ -11,7 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import quantlab
 from quantlab import pipeline
-from quantlab.errors import ModelError, QualityError, RecipeError, UsageError
+from quantlab.errors import DataError, ModelError, QualityError, RecipeError, UsageError
+from quantlab.plan import plan_run
+from quantlab.recipe import load_recipe
 
 TEXT = "def area(radius):\n    return 3.14159 * radius ** 2  # of a circle\n\n" * 200
 
@@ -134,11 +136,15 @@ def test_an_occupied_output_folder_is_refused_and_untouched(recipe, tmp_path):
             RecipeError,
             "evaluation.sequence_length=64 is longer than the model's context of 32 tokens",
         ),
-        ({"calibration": {"name": "file:absent.txt", "sequence_length": 32}}, Exception, "absent.txt"),
+        ({"calibration": {"name": "file:absent.txt", "sequence_length": 32}}, DataError, "absent.txt"),
+        ({"evaluation": {"perplexity": ["file:absent.txt"], "sequence_length": 16}}, DataError, "absent.txt"),
     ],
-    ids=["groups", "context", "text"],
+    ids=["groups", "context", "calibration", "evaluation"],
 )
-def test_a_run_that_cannot_succeed_leaves_nothing(recipe, tmp_path, changes, error, message):
+def test_a_run_that_cannot_succeed_ends_before_the_work_and_leaves_nothing(
+    recipe, tmp_path, monkeypatch, changes, error, message
+):
+    monkeypatch.setattr(pipeline, "quantize_model", None)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(error, match=message):
         quantlab.run(recipe(**changes), output_dir=tmp_path / "run")
@@ -164,8 +170,7 @@ def test_a_checkpoint_that_does_not_reproduce_the_model_fails_the_run(recipe, tm
 
 
 def test_a_plan_counts_tied_weights_once(recipe, model_folder):
-    loaded = pipeline.load_recipe(recipe())
-    plan = pipeline.plan_run(loaded.recipe, model_folder)
+    plan = plan_run(load_recipe(recipe()).recipe, model_folder)
     block = 4 * 32 * 32 + 3 * 32 * 64
     assert plan.quantized_parameters == 2 * block
     assert plan.parameters == 2 * (block + 2 * 32) + 300 * 32 + 32
