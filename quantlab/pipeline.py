@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
@@ -305,6 +305,7 @@ class _LoggedProgress:
 @contextmanager
 def _staged(output_dir: Path) -> Iterator[Path]:
     """A folder beside the final one that takes its name on success and disappears on failure."""
+    new_parents = [parent for parent in output_dir.parents if not parent.exists()]  # the innermost first
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=output_dir.parent))
     try:
@@ -313,6 +314,9 @@ def _staged(output_dir: Path) -> Iterator[Path]:
         staging.replace(output_dir)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):  # another run may have put its folder there by now
+            for parent in new_parents:
+                parent.rmdir()
         raise
 
 

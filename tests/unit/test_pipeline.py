@@ -147,7 +147,7 @@ def test_a_run_that_cannot_succeed_ends_before_the_work_and_leaves_nothing(
     monkeypatch.setattr(pipeline, "quantize_model", None)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(error, match=message):
-        quantlab.run(recipe(**changes), output_dir=tmp_path / "run")
+        quantlab.run(recipe(**changes), output_dir=tmp_path / "runs" / "deep" / "run")
     assert sorted(tmp_path.iterdir()) == sorted({*before, tmp_path / "recipe.yaml"})
 
 
