@@ -134,7 +134,8 @@ class WeightSource:
             dtype_plan=model._get_dtype_plan(dtype),
             weight_mapping=self._mapping,  # type: ignore[arg-type]  # declared as a list of their common base
         )
-        self._block_prefix = find_blocks(model)[0] + "."
+        prefix, self._blocks = find_blocks(model)
+        self._block_prefix = prefix + "."
         self._parts: dict[int | None, list[tuple[Path, str]]] = {}  # None: everything outside the blocks
         files = {file: _open(file).keys() for file in weight_files(folder)}
         runtime_names = self._runtime_names([key for keys in files.values() for key in keys])
@@ -145,8 +146,7 @@ class WeightSource:
     def load_block(self, index: int) -> None:
         """Fill the parameters of one decoder block."""
         self._load(index)
-        block = find_blocks(self._model)[1][index]
-        self._require_loaded(f"{self._block_prefix}{index}.", block.named_parameters())
+        self._require_loaded(f"{self._block_prefix}{index}.", self._blocks[index].named_parameters())
 
     def load_rest(self) -> None:
         """Fill everything outside the decoder blocks, and tie what the model ties."""

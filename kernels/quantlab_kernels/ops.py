@@ -29,20 +29,6 @@ _LIBRARY.define(
 )
 
 
-def _eager(
-    x: Tensor,
-    packed_codes: Tensor,
-    codebook: Tensor,
-    bias: Tensor | None = None,
-    outlier_offsets: Tensor | None = None,
-    outlier_columns: Tensor | None = None,
-    outlier_values: Tensor | None = None,
-) -> Tensor:
-    operands = (x, packed_codes, codebook, bias, outlier_offsets, outlier_columns, outlier_values)
-    check_operands(*operands)
-    return reference.lut_matmul(*operands)
-
-
 def _fake(
     x: Tensor,
     packed_codes: Tensor,
@@ -56,5 +42,5 @@ def _fake(
     return x.new_empty((*x.shape[:-1], packed_codes.shape[1]))
 
 
-_LIBRARY.impl("lut_matmul", _eager, "CompositeExplicitAutograd")
+_LIBRARY.impl("lut_matmul", reference.lut_matmul, "CompositeExplicitAutograd")
 torch.library.register_fake("quantlab::lut_matmul", _fake, lib=_LIBRARY)

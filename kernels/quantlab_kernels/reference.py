@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels.packing import unpack_codes
+from quantlab_kernels.shapes import check_operands
 
 # Rows are unpacked in pieces whose 64-bit indices stay in the cache of a core.
 _WEIGHTS_PER_PIECE = 1 << 18
@@ -23,7 +24,12 @@ def lut_matmul(
     outlier_columns: Tensor | None = None,
     outlier_values: Tensor | None = None,
 ) -> Tensor:
-    """`quantlab::lut_matmul` (see `quantlab_kernels.ops`) by dequantizing the weight first."""
+    """`quantlab::lut_matmul` (see `quantlab_kernels.ops`) by dequantizing the weight first.
+
+    Raises:
+        ValueError: an operand has the wrong dtype, shape or device.
+    """
+    check_operands(x, packed_codes, codebook, bias, outlier_offsets, outlier_columns, outlier_values)
     weight = dequantize(packed_codes, codebook, x.shape[-1], outlier_offsets, outlier_columns, outlier_values)
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 

@@ -13,7 +13,6 @@ Unlike the published algorithm, the assignment step ends by default with passes 
 (`quantlab.solvers.descent`): the sweep commits to each code while later ones are still open, descent sees them all.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -34,8 +33,9 @@ from quantlab.api import (
 from quantlab.solvers.codebook import Codebooks, refit_codebook
 from quantlab.solvers.descent import descend
 from quantlab.solvers.kmeans import kmeans_levels
-from quantlab.solvers.nearest import LutRounder, nearest_codes
-from quantlab.solvers.order import ColumnOrder, check_column_order, processing_order
+from quantlab.solvers.nearest import LutRounder, with_dead_rounded
+from quantlab.solvers.options import check_at_least_one, check_choice, check_finite_and_not_negative
+from quantlab.solvers.order import ColumnOrder, processing_order
 from quantlab.solvers.request import check_request, with_loss, working_dtype
 from quantlab.solvers.sweep import SweepFactor, factor_for_sweep, sweep
 
@@ -68,11 +68,9 @@ class GanqQuantizer:
     cd_sweeps: int = 2
 
     def __post_init__(self) -> None:
-        check_column_order(self.column_order)
-        if self.iterations < 1:
-            raise ValueError(f"iterations={self.iterations} must be at least 1")
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise ValueError(f"damping={self.damping} must be finite and not negative")
+        check_choice("column_order", self.column_order, ColumnOrder)
+        check_at_least_one("iterations", self.iterations)
+        check_finite_and_not_negative("damping", self.damping)
         if self.cd_sweeps < 0:
             raise ValueError(f"cd_sweeps={self.cd_sweeps} must not be negative")
 
@@ -86,8 +84,8 @@ class GanqQuantizer:
         start = _initial_levels(weight, hessian, problem.spec.levels)
         best = _best_per_row(self._iterates(weight, hessian, order, factor, start), weight, hessian)
         lut = Lut(values=best.levels[:, None].float())
-        layer = QuantizedLayer(codes=_with_dead_rounded(best.codes, lut, weight, hessian), codebook=lut)
-        return with_loss(layer, problem, damping=factor.damping, fallbacks=float(factor.damping > self.damping))
+        layer = QuantizedLayer(codes=with_dead_rounded(best.codes, weight, lut, hessian), codebook=lut)
+        return with_loss(layer, problem, **factor.diagnostics())
 
     def _iterates(
         self, weight: Tensor, hessian: Tensor, order: Tensor, factor: SweepFactor, levels: Tensor
@@ -106,12 +104,6 @@ def _initial_levels(weight: Tensor, hessian: Tensor, levels: int) -> Tensor:
     """k-means of each row's weights, without those whose input is dead: they would attract levels for nothing."""
     live = hessian.diagonal() > 0
     return kmeans_levels(weight[:, live] if live.any() else weight, levels, _KMEANS_ITERATIONS)
-
-
-def _with_dead_rounded(codes: Tensor, lut: Lut, weight: Tensor, hessian: Tensor) -> Tensor:
-    """Codes with dead inputs at their nearest final level: no loss counts them, but other text may wake them up."""
-    dead = hessian.diagonal() == 0
-    return torch.where(dead, nearest_codes(weight, lut), codes)
 
 
 def _best_per_row(iterates: Iterator[Codebooks], weight: Tensor, hessian: Tensor) -> Codebooks:

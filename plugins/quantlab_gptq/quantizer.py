@@ -1,8 +1,7 @@
 """GPTQ as one triangular sweep over a uniform grid."""
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -16,9 +15,10 @@ from quantlab.api import (
     Statistic,
     UniformGrid,
 )
-from quantlab.solvers.grid import ClipSearch, as_stored, check_clip_search, fit_grid
+from quantlab.solvers.grid import ClipSearch, as_stored, fit_grid
 from quantlab.solvers.nearest import GridRounder
-from quantlab.solvers.order import ColumnOrder, check_column_order, processing_order
+from quantlab.solvers.options import check_at_least_one, check_choice, check_finite_and_not_negative
+from quantlab.solvers.order import ColumnOrder, processing_order
 from quantlab.solvers.request import check_request, with_loss, working_dtype
 from quantlab.solvers.sweep import Assignment, SweepFactor, factor_for_sweep, sweep
 from quantlab_gptq.groups import DynamicGroups
@@ -60,14 +60,11 @@ class GptqQuantizer:
     clip_search: ClipSearch = "none"
 
     def __post_init__(self) -> None:
-        check_column_order(self.column_order)
-        check_clip_search(self.clip_search)
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise ValueError(f"damping={self.damping} must be finite and not negative")
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be at least 1")
-        if self.groups not in get_args(Groups):
-            raise ValueError(f"groups={self.groups!r} must be one of {', '.join(get_args(Groups))}")
+        check_choice("column_order", self.column_order, ColumnOrder)
+        check_choice("clip_search", self.clip_search, ClipSearch)
+        check_finite_and_not_negative("damping", self.damping)
+        check_at_least_one("block_size", self.block_size)
+        check_choice("groups", self.groups, Groups)
         if self.groups == "dynamic" and self.column_order != "natural":
             raise ValueError(
                 f"groups='dynamic' does not go with column_order={self.column_order!r}, which enters every group many "
@@ -87,7 +84,7 @@ class GptqQuantizer:
             grid = self._fit(weight, problem.spec, hessian.diagonal())
             assignment = sweep(weight, factor, GridRounder(grid, problem.in_features), block_size=self.block_size)
         layer = QuantizedLayer(codes=assignment.codes, codebook=as_stored(grid))
-        return with_loss(layer, problem, damping=factor.damping, fallbacks=float(factor.damping > self.damping))
+        return with_loss(layer, problem, **factor.diagnostics())
 
     def _dynamic(
         self, weight: Tensor, hessian: Tensor, factor: SweepFactor, bits: int, group_size: int

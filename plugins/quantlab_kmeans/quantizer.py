@@ -1,6 +1,5 @@
 """What a free codebook is worth with little or no knowledge of the inputs."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from quantlab.api import MAX_BITS, MIN_BITS, LayerProblem, Lut, QuantizedLayer, QuantizerInfo
 from quantlab.solvers.kmeans import kmeans_levels
 from quantlab.solvers.nearest import nearest_codes
+from quantlab.solvers.options import check_at_least_one, check_finite_and_not_negative
 from quantlab.solvers.request import check_request, with_hessian, working_dtype
 
 
@@ -37,10 +37,8 @@ class KmeansQuantizer:
     hessian_power: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ValueError(f"iterations={self.iterations} must be at least 1")
-        if not (math.isfinite(self.hessian_power) and self.hessian_power >= 0):
-            raise ValueError(f"hessian_power={self.hessian_power} must be finite and not negative")
+        check_at_least_one("iterations", self.iterations)
+        check_finite_and_not_negative("hessian_power", self.hessian_power)
         if self.hessian_power > 0:
             object.__setattr__(self, "info", with_hessian(self.info))  # the way past a frozen dataclass
 

@@ -1,6 +1,5 @@
 """LeanQuant's non-uniform variant: GPTQ's error feedback on a look-up table that knows what errors will cost."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,8 @@ from torch import Tensor
 from quantlab.api import MAX_BITS, MIN_BITS, LayerProblem, Lut, QuantizedLayer, QuantizerInfo, Statistic
 from quantlab.solvers.kmeans import kmeans_levels
 from quantlab.solvers.nearest import LutRounder
-from quantlab.solvers.order import ColumnOrder, check_column_order, inverse_order, processing_order
+from quantlab.solvers.options import check_choice, check_finite_and_not_negative
+from quantlab.solvers.order import ColumnOrder, inverse_order, processing_order
 from quantlab.solvers.request import check_request, with_loss, working_dtype
 from quantlab.solvers.sweep import SweepFactor, factor_for_sweep, sweep
 
@@ -46,11 +46,9 @@ class LeanquantQuantizer:
     column_order: ColumnOrder = "hessian_diagonal"
 
     def __post_init__(self) -> None:
-        check_column_order(self.column_order)
-        if not (math.isfinite(self.exponent) and self.exponent >= 0):
-            raise ValueError(f"exponent={self.exponent} must be finite and not negative")
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise ValueError(f"damping={self.damping} must be finite and not negative")
+        check_choice("column_order", self.column_order, ColumnOrder)
+        check_finite_and_not_negative("exponent", self.exponent)
+        check_finite_and_not_negative("damping", self.damping)
 
     def quantize(self, problem: LayerProblem) -> QuantizedLayer:
         """Quantize one layer; diagnostics are its loss and the damping needed, a fallback if more than asked for."""
@@ -64,7 +62,7 @@ class LeanquantQuantizer:
         lut = Lut(values=levels[:, None])
         assignment = sweep(weight, factor, LutRounder(lut, problem.in_features))
         layer = QuantizedLayer(codes=assignment.codes, codebook=Lut(values=lut.values.float()))
-        return with_loss(layer, problem, damping=factor.damping, fallbacks=float(factor.damping > self.damping))
+        return with_loss(layer, problem, **factor.diagnostics())
 
     def _importance(self, factor: SweepFactor, dead: Tensor) -> Tensor:
         """The weight of each input's values, (in_features,): none for a dead input, whose pivot is made up."""

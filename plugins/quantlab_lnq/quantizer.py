@@ -11,15 +11,15 @@ So the loss of no row ever rises, and the last pair is the best.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from quantlab.api import MAX_BITS, MIN_BITS, LayerProblem, Lut, QuantizedLayer, QuantizerInfo, Statistic
 from quantlab.solvers.codebook import Codebooks, refit_codebook
 from quantlab.solvers.descent import descend
 from quantlab.solvers.kmeans import kmeans_levels
-from quantlab.solvers.nearest import LutRounder, nearest_codes
-from quantlab.solvers.order import ColumnOrder, check_column_order, processing_order
+from quantlab.solvers.nearest import LutRounder, nearest_codes, with_dead_rounded
+from quantlab.solvers.options import check_at_least_one, check_choice
+from quantlab.solvers.order import ColumnOrder, processing_order
 from quantlab.solvers.request import check_request, with_loss, working_dtype
 from quantlab.solvers.sweep import Assignment
 
@@ -53,11 +53,9 @@ class LnqQuantizer:
     column_order: ColumnOrder = "hessian_diagonal"
 
     def __post_init__(self) -> None:
-        check_column_order(self.column_order)
-        if self.iterations < 1:
-            raise ValueError(f"iterations={self.iterations} must be at least 1")
-        if self.cd_sweeps < 1:
-            raise ValueError(f"cd_sweeps={self.cd_sweeps} must be at least 1")
+        check_choice("column_order", self.column_order, ColumnOrder)
+        check_at_least_one("iterations", self.iterations)
+        check_at_least_one("cd_sweeps", self.cd_sweeps)
 
     def quantize(self, problem: LayerProblem) -> QuantizedLayer:
         """Quantize one layer; its loss is a diagnostic."""
@@ -66,8 +64,7 @@ class LnqQuantizer:
         weight, hessian = problem.weight.to(dtype), problem.require_hessian().to(dtype)
         fitted = self._alternate(weight, hessian, _start(weight, hessian, problem.spec.levels))
         lut = Lut(values=fitted.levels[:, None].float())
-        # No loss counts dead inputs, but other text may wake them up.
-        codes = torch.where(hessian.diagonal() == 0, nearest_codes(weight, lut), fitted.codes)
+        codes = with_dead_rounded(fitted.codes, weight, lut, hessian)
         return with_loss(QuantizedLayer(codes=codes, codebook=lut), problem)
 
     def _alternate(self, weight: Tensor, hessian: Tensor, fitted: Codebooks) -> Codebooks:

@@ -5,12 +5,13 @@ next pass rounds them anew from there. That is how a poor local optimum is left 
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from quantlab.api import MAX_BITS, MIN_BITS, LayerProblem, QuantizedLayer, QuantizerInfo, Statistic
 from quantlab.solvers.grid import as_stored, minmax_grid
 from quantlab.solvers.nearest import GridRounder
-from quantlab.solvers.order import ColumnOrder, check_column_order, processing_order
+from quantlab.solvers.options import check_at_least_one, check_choice
+from quantlab.solvers.order import ColumnOrder, processing_order
 from quantlab.solvers.request import check_request, with_loss, working_dtype
 from quantlab_quantease.outliers import OutlierKind, OutlierSupport, as_outliers
 from quantlab_quantease.state import DescentState
@@ -55,13 +56,10 @@ class QuanteaseQuantizer:
     outlier_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        check_column_order(self.column_order)
-        if self.iterations < 1:
-            raise ValueError(f"iterations={self.iterations} must be at least 1")
-        if self.start not in get_args(Start):
-            raise ValueError(f"start={self.start!r} must be one of {', '.join(get_args(Start))}")
-        if self.outliers not in get_args(OutlierKind):
-            raise ValueError(f"outliers={self.outliers!r} must be one of {', '.join(get_args(OutlierKind))}")
+        check_choice("column_order", self.column_order, ColumnOrder)
+        check_at_least_one("iterations", self.iterations)
+        check_choice("start", self.start, Start)
+        check_choice("outliers", self.outliers, OutlierKind)
         if not 0 <= self.outlier_fraction <= 1:
             raise ValueError(f"outlier_fraction={self.outlier_fraction} must be between 0 and 1")
         if self.outliers != "none":
@@ -89,10 +87,7 @@ class QuanteaseQuantizer:
         return with_loss(layer, problem, **diagnostics)
 
     def _start(self, state: DescentState) -> dict[str, float]:
-        if self.start == "float":
-            return {}
-        damping = state.start_from_gptq(_GPTQ_DAMPING)
-        return {"damping": damping, "fallbacks": float(damping > _GPTQ_DAMPING)}
+        return {} if self.start == "float" else state.start_from_gptq(_GPTQ_DAMPING)
 
     def _leaves_out_rounding(self, iteration: int) -> bool:
         in_turn = iteration % _RELAXATION_PERIOD == 1 and iteration <= _LAST_RELAXATION

@@ -38,11 +38,11 @@ class DescentState:
         self.codes = torch.zeros_like(weight, dtype=torch.uint8)
         self.sparse = support.keep_largest(weight)
 
-    def start_from_gptq(self, damping: float) -> float:
-        """Round by one triangular sweep with error feedback; returns the damping that it took."""
+    def start_from_gptq(self, damping: float) -> dict[str, float]:
+        """Round by one triangular sweep with error feedback; returns the diagnostics of its factor."""
         factor = factor_for_sweep(self._hessian, self._order, damping, self._weight.dtype)
         self._accept(sweep(self._weight - self.sparse, factor, self._nearest))
-        return factor.damping
+        return factor.diagnostics()
 
     def round(self) -> None:
         """Visit every input once and put it on its best level; the loss does not rise if all were on levels."""

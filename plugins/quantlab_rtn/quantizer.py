@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from quantlab.api import MAX_BITS, MIN_BITS, LayerProblem, QuantizedLayer, QuantizerInfo
-from quantlab.solvers.grid import ClipSearch, check_clip_search, fit_grid, round_to_grid
+from quantlab.solvers.grid import ClipSearch, fit_grid, round_to_grid
+from quantlab.solvers.options import check_choice
 from quantlab.solvers.request import check_request, with_hessian
 
 
@@ -30,7 +31,7 @@ class RtnQuantizer:
     clip_search: ClipSearch = "none"
 
     def __post_init__(self) -> None:
-        check_clip_search(self.clip_search)
+        check_choice("clip_search", self.clip_search, ClipSearch)
         if self.clip_search == "hessian":
             object.__setattr__(self, "info", with_hessian(self.info))  # the way past a frozen dataclass
 

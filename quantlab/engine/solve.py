@@ -144,7 +144,7 @@ def _measure(
     statistics: InputStatistics,
     diagnostics: Mapping[str, float],
 ) -> LayerResult:
-    hessian = statistics.hessian
+    hessian = statistics.hessian.double()  # once, since every loss is computed in float64
     scale = layer_loss(weight, torch.zeros_like(weight), hessian).sum().item() or 1.0
     baseline = round_to_nearest(weight.float(), spec).dequantize()
     return LayerResult(

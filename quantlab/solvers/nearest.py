@@ -87,6 +87,21 @@ def nearest_codes(weight: Tensor, codebook: Codebook) -> Tensor:
     return codes.view(weight.shape).to(torch.uint8)
 
 
+def with_dead_rounded(codes: Tensor, weight: Tensor, codebook: Codebook, hessian: Tensor) -> Tensor:
+    """Codes with dead inputs at their nearest level: no loss counts them, but other text may wake them up.
+
+    Args:
+        codes: (out_features, in_features) uint8.
+        weight: (out_features, in_features).
+        codebook: what the codes select from.
+        hessian: (in_features, in_features); a dead input has a zero on its diagonal.
+
+    Raises:
+        ValueError: the entries of some table do not ascend.
+    """
+    return torch.where(hessian.diagonal() == 0, nearest_codes(weight, codebook), codes)
+
+
 def _round_to_grid(targets: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return (targets / scale + zero).round_().clamp_(0, (1 << bits) - 1)
 

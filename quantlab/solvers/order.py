@@ -5,22 +5,12 @@ first. Published as "act-order" for GPTQ; for a layer of Llama type it is worth 
 nothing at inference, because codes return to their own columns.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 ColumnOrder = Literal["natural", "hessian_diagonal"]
-
-
-def check_column_order(column_order: str) -> None:
-    """Refuse an unknown order.
-
-    Raises:
-        ValueError: naming the known ones.
-    """
-    if column_order not in get_args(ColumnOrder):
-        raise ValueError(f"column_order={column_order!r} must be one of {', '.join(get_args(ColumnOrder))}")
 
 
 def processing_order(hessian: Tensor, column_order: ColumnOrder, *, backwards: bool) -> Tensor:

@@ -32,13 +32,19 @@ class SweepFactor:
         feedback: (in_features, in_features), L with its columns divided by its diagonal. Entry (u, j), u > j, is
             how much of the error of input `columns[u]` moves the target of input `columns[j]`.
         pivots: (in_features,) float64, the diagonal of L in the order of the factor.
-        damping: the fraction of the mean diagonal that was actually added to the Hessian.
+        requested_damping: the fraction of the mean diagonal that was to be added to the Hessian.
+        damping: the fraction that was actually added.
     """
 
     columns: Tensor
     feedback: Tensor
     pivots: Tensor
+    requested_damping: float
     damping: float
+
+    def diagnostics(self) -> dict[str, float]:
+        """What a method reports about its factor: the damping it took, a fallback if more than asked for."""
+        return {"damping": self.damping, "fallbacks": float(self.damping > self.requested_damping)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,7 +76,9 @@ def factor_for_sweep(hessian: Tensor, order: Tensor, damping: float, dtype: torc
     factor = damped_cholesky(hessian[columns][:, columns], damping)
     pivots = factor.lower.diagonal().clone()  # a view would keep all of L in memory
     feedback = (factor.lower / pivots).to(dtype).contiguous()
-    return SweepFactor(columns=columns, feedback=feedback, pivots=pivots, damping=factor.damping)
+    return SweepFactor(
+        columns=columns, feedback=feedback, pivots=pivots, requested_damping=damping, damping=factor.damping
+    )
 
 
 def sweep(

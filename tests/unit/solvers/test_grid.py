@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from quantlab.api import CodebookSpec
-from quantlab.solvers.grid import check_clip_search, fit_grid, minmax_grid, round_to_grid, round_to_nearest
+from quantlab.solvers.grid import ClipSearch, fit_grid, minmax_grid, round_to_grid, round_to_nearest
+from quantlab.solvers.options import check_choice
 
 
 def normal(*shape, seed=0):
@@ -176,4 +177,4 @@ def test_searching_with_the_hessian_needs_its_diagonal():
 
 def test_unknown_clip_searches_are_refused():
     with pytest.raises(ValueError, match="none, weight, hessian"):
-        check_clip_search("mse")
+        check_choice("clip_search", "mse", ClipSearch)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from quantlab.solvers.order import check_column_order, inverse_order, processing_order
+from quantlab.solvers.options import check_choice
+from quantlab.solvers.order import ColumnOrder, inverse_order, processing_order
 
 HESSIAN = torch.diag(torch.tensor([2.0, 9.0, 2.0, 5.0]))
 
@@ -23,6 +24,6 @@ def test_inverse_order_undoes_an_order():
 
 
 def test_unknown_orders_are_refused_naming_the_known_ones():
-    check_column_order("natural")
+    check_choice("column_order", "natural", ColumnOrder)
     with pytest.raises(ValueError, match="column_order='random' must be one of natural, hessian_diagonal"):
-        check_column_order("random")
+        check_choice("column_order", "random", ColumnOrder)
