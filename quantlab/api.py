@@ -24,6 +24,7 @@ class Statistic(Enum):
     """What a method may ask the engine to collect about the inputs of a layer."""
 
     HESSIAN = "hessian"
+    FISHER = "fisher"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +85,14 @@ class InputStatistics:
         hessian: (in_features, in_features) float32, the mean over calibration tokens of x xᵀ: no factor 2, no
             damping. A method's answer must not depend on its scale.
         num_tokens: calibration tokens behind the mean.
+        fisher: (out_features, in_features) float32, the diagonal of the empirical Fisher information: the mean over
+            calibration sequences of the squared gradient of the model's loss by each weight. Collected only for
+            methods that ask for it, and of the rows of this problem.
     """
 
     hessian: Tensor
     num_tokens: int
+    fisher: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,6 +139,8 @@ class LayerProblem:
                     f"{self.name}: the Hessian contains NaN or infinity; the layer's inputs overflowed during "
                     "calibration (try model.dtype: float32)"
                 )
+            if self.statistics.fisher is not None:
+                self._check_fisher(self.statistics.fisher)
 
     @property
     def out_features(self) -> int:
@@ -144,6 +151,24 @@ class LayerProblem:
     def in_features(self) -> int:
         """Columns of the weight: inputs of the layer."""
         return self.weight.shape[1]
+
+    def _check_fisher(self, fisher: Tensor) -> None:
+        if fisher.shape != self.weight.shape:
+            raise ValueError(
+                f"{self.name}: the Fisher diagonal has shape {tuple(fisher.shape)}, expected {tuple(self.weight.shape)}"
+            )
+        if not (torch.isfinite(fisher) & (fisher >= 0)).all():
+            raise ValueError(f"{self.name}: the Fisher diagonal contains NaN, infinity or negative values")
+
+    def require_fisher(self) -> Tensor:
+        """The diagonal of the Fisher information.
+
+        Raises:
+            ValueError: if it was not collected.
+        """
+        if self.statistics is None or self.statistics.fisher is None:
+            raise ValueError(f"{self.name}: this method needs the Fisher diagonal, but it was not collected")
+        return self.statistics.fisher
 
     def require_hessian(self) -> Tensor:
         """The Hessian.
