@@ -22,8 +22,8 @@ if typing.TYPE_CHECKING:
 
 ENTRY_POINT_GROUP = "quantlab.quantizers"
 RESTRICTION_VARIABLE = "QUANTLAB_PLUGINS"
-RESERVED_OPTIONS = frozenset({"name", "bits", "group_size", "preset"})
-"""Keys of a recipe's `method` section; options stand beside them, so no option may bear one of these names."""
+RESERVED_OPTIONS = frozenset({"name", "bits", "group_size", "preset", "match", "skip"})
+"""Keys of a recipe's `method` section and layer rules; options stand beside them, so none may bear one of these names."""
 
 _SCALARS = (int, float, bool, str)
 _SCALAR_RULE = "int, float, bool, str, Literal[...], or one of these | None"

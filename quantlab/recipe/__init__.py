@@ -7,11 +7,19 @@ which options, bit widths and groups it accepts.
 from quantlab.recipe.dump import annotate_recipe, dump_recipe
 from quantlab.recipe.load import LoadedRecipe, builtin_recipes, load_recipe
 from quantlab.recipe.method import check_method
-from quantlab.recipe.schema import CalibrationSection, EvaluationSection, MethodSection, ModelSection, Recipe
+from quantlab.recipe.schema import (
+    CalibrationSection,
+    EvaluationSection,
+    LayerRule,
+    MethodSection,
+    ModelSection,
+    Recipe,
+)
 
 __all__ = [
     "CalibrationSection",
     "EvaluationSection",
+    "LayerRule",
     "LoadedRecipe",
     "MethodSection",
     "ModelSection",

@@ -68,8 +68,7 @@ class RecipeBuilder:
     def _field(self, field: "dataclasses.Field[Any]", hint: Any, child: Node | None, parent: Node, path: str) -> object:
         where = path + field.name
         if dataclasses.is_dataclass(hint):
-            section = self._section(typing.cast("type[Any]", hint), child or Node({}, parent.origin), f"{where}.")
-            return _INVALID if section is None else section
+            return self._value(child or Node({}, parent.origin), hint, where, field.metadata)
         if child is None:
             self.origins[where] = DEFAULT_ORIGIN
             return field.default
@@ -77,6 +76,9 @@ class RecipeBuilder:
         return self._value(child, hint, where, field.metadata)
 
     def _value(self, node: Node, hint: Any, where: str, rules: Mapping[str, Any]) -> object:
+        if dataclasses.is_dataclass(hint):
+            section = self._section(typing.cast("type[Any]", hint), node, f"{where}.")
+            return _INVALID if section is None else section
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if origin is types.UnionType:
             if node.value is None:

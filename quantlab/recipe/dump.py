@@ -30,11 +30,20 @@ def annotate_recipe(recipe: Recipe, origins: Mapping[str, str]) -> str:
 
 def _lines(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for name, value in _items(recipe):
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if _is_section(value):
             yield name, f"{name}:"
             yield from ((f"{name}.{key}", f"  {key}: {_format(item)}") for key, item in _items(value))
+        elif isinstance(value, tuple) and value and _is_section(value[0]):
+            yield name, f"{name}:"
+            for index, section in enumerate(value):
+                for position, (key, item) in enumerate(_items(section)):
+                    yield f"{name}[{index}].{key}", f"  {'- ' if position == 0 else '  '}{key}: {_format(item)}"
         else:
             yield name, f"{name}: {_format(value)}"
+
+
+def _is_section(value: object) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def _items(section: object) -> Iterator[tuple[str, object]]:

@@ -23,6 +23,10 @@ def _path_error(path: str) -> str | None:
     return None if path.strip() else "is empty; give a folder, a hub id or a name from `quantlab ls models`"
 
 
+def _pattern_error(pattern: str) -> str | None:
+    return None if pattern.strip() else 'is empty; "*" matches every layer'
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
     """The float model.
@@ -73,6 +77,29 @@ class MethodSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerRule:
+    """An exception from the `method` section for some layers.
+
+    Of the rules that match a layer the last one applies, alone; what it leaves out is as in `method`.
+
+    Attributes:
+        match: shell pattern on the full name of a layer, such as "*.mlp.down_proj" or "model.layers.0.*".
+        skip: keep these layers in floating point.
+        bits: code width; None means as in `method`.
+        group_size: inputs that share a codebook; None means as in `method`.
+        options: options of the method that differ, as given.
+    """
+
+    match: str = field(
+        metadata={**_checked(_pattern_error), "needed": 'name the layers, for example `match: "*.mlp.down_proj"`'}
+    )
+    skip: bool = False
+    bits: int | None = field(default=None, metadata=_number(minimum=2, maximum=8))
+    group_size: int | None = field(default=None, metadata=_number(minimum=1))
+    options: Mapping[str, object] = field(default_factory=dict, metadata={"collects_rest": True})
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationSection:
     """What is measured afterwards, on the float and on the quantized model.
 
@@ -97,6 +124,7 @@ class Recipe:
         model: the float model.
         calibration: what the method sees.
         method: the method and its budget.
+        layers: exceptions for some layers, in order.
         evaluation: what is measured.
         allow_fallbacks: whether a method may depart from its options where a layer forces it to (reported), or
             whether that ends the run.
@@ -107,5 +135,6 @@ class Recipe:
     model: ModelSection = field(default_factory=ModelSection)
     calibration: CalibrationSection = field(default_factory=CalibrationSection)
     method: MethodSection = field(metadata={"needed": "add a section with at least a name and bits"})
+    layers: tuple[LayerRule, ...] = ()
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     allow_fallbacks: bool = False
