@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from quantlab import registry
 from quantlab._version import __version__
 from quantlab.api import CodebookSpec, LayerQuantizer
-from quantlab.calibration.tokens import TokenWindows, calibration_windows, evaluation_windows, load_tokenizer
+from quantlab.calibration.tokens import TokenWindows, calibration_windows, load_tokenizer
 from quantlab.checkpoint.format import QuantizationConfig
 from quantlab.checkpoint.reader import load
 from quantlab.checkpoint.writer import CheckpointWriter
@@ -34,6 +34,7 @@ from quantlab.engine.solve import SolveOptions
 from quantlab.engine.stream import StreamResult, quantize_model
 from quantlab.errors import QualityError, UsageError
 from quantlab.evaluate.perplexity import perplexity
+from quantlab.evaluate.protocols import EvaluationWindows, WindowOptions, evaluation_windows, find_protocol
 from quantlab.models import model_label, resolve_model
 from quantlab.plan import Plan, compute_dtype, plan_run
 from quantlab.progress import NoProgress, Progress
@@ -161,16 +162,14 @@ class _Run:
         self.stages_s[stage] = round(time.monotonic() - start, 3)
         return result
 
-    def read_text(self) -> tuple[TokenWindows, list[TokenWindows]]:
+    def read_text(self) -> tuple[TokenWindows, list[EvaluationWindows]]:
         """The windows to calibrate on, and those of every corpus to evaluate on; early, since texts may be missing."""
         section, evaluation = self.recipe.calibration, self.recipe.evaluation
         calibration = calibration_windows(
             self.tokenizer, section.name, section.num_samples, section.sequence_length, self.recipe.seed
         )
-        corpora = [
-            evaluation_windows(self.tokenizer, name, evaluation.sequence_length, evaluation.num_windows)
-            for name in evaluation.perplexity
-        ]
+        options = WindowOptions(sequence_length=evaluation.sequence_length, num_windows=evaluation.num_windows)
+        corpora = [evaluation_windows(self.tokenizer, find_protocol(name), options) for name in evaluation.perplexity]
         return calibration, corpora
 
     def quantize(self, calibration: TokenWindows) -> tuple[StreamResult, dict[str, str]]:
@@ -193,14 +192,14 @@ class _Run:
         )
         return stream, writer.files()
 
-    def evaluate(self, stream: StreamResult, corpora: list[TokenWindows]) -> dict[str, Any]:
+    def evaluate(self, stream: StreamResult, corpora: list[EvaluationWindows]) -> dict[str, Any]:
         """Check the written checkpoint, and measure the perplexity of it and of the float model on every corpus."""
         quantized = self._perplexities("quantized", self._reload(stream), corpora)
         gc.collect()  # one model in memory at a time
         reference = self._perplexities("float", load_model(self.model_folder, self.dtype), corpora) if corpora else []
         return {
             "perplexity": {
-                corpus.source: {
+                corpus.protocol: {
                     "float": float_value,
                     "quantized": quantized_value,
                     "tokens": corpus.ids.numel(),
@@ -212,10 +211,10 @@ class _Run:
             }
         }
 
-    def _perplexities(self, label: str, model: PreTrainedModel, corpora: list[TokenWindows]) -> list[float]:
+    def _perplexities(self, label: str, model: PreTrainedModel, corpora: list[EvaluationWindows]) -> list[float]:
         values = []
         for corpus in corpora:
-            self.progress.begin(f"perplexity of the {label} model on {corpus.source}", corpus.ids.shape[0], "windows")
+            self.progress.begin(f"perplexity of the {label} model on {corpus.protocol}", corpus.ids.shape[0], "windows")
             values.append(perplexity(model, corpus.ids, self.progress))
         return values
 

@@ -1,18 +1,27 @@
-"""Named text sources: `stdlib`, the standard library of the running Python, and `file:PATH`, a text file."""
+"""Text by name: the standard library, a file, or a prepared corpus."""
 
 from pathlib import Path
 
-from quantlab.calibration.stdlib import Split, read_documents
-from quantlab.errors import DataError
+from quantlab.calibration.corpora import CORPORA, Split
+from quantlab.calibration.prepared import prepared_corpora, read_split
+from quantlab.calibration.stdlib import read_documents
+from quantlab.errors import DataError, did_you_mean
 
 FILE_PREFIX = "file:"
 
 
 def source_error(name: str) -> str | None:
     """What is wrong with the name of a source, or None; says nothing about whether it can be read."""
-    if name == "stdlib" or (name.startswith(FILE_PREFIX) and name != FILE_PREFIX):
+    if name.startswith(FILE_PREFIX):
+        return None if name != FILE_PREFIX else "is 'file:'; add the path of a text file, for example file:notes.txt"
+    known = ["stdlib", *CORPORA, *prepared_corpora()]
+    if name in known:
         return None
-    return f"is {name!r}; the text sources are stdlib and file:PATH, for example file:notes.txt"
+    hint = did_you_mean(name, known)
+    return (
+        f"is {name!r}{hint}; there are {', '.join(dict.fromkeys(known))}, text files such as file:notes.txt, and what "
+        "`quantlab data prepare` makes"
+    )
 
 
 def load_documents(name: str, split: Split) -> list[str]:
@@ -21,14 +30,16 @@ def load_documents(name: str, split: Split) -> list[str]:
     A file is one document and has no splits of its own; use different files for calibration and evaluation.
 
     Raises:
-        DataError: the source is unknown, missing, unreadable or empty.
+        DataError: the source is unknown, not prepared, unreadable or empty.
     """
     error = source_error(name)
     if error is not None:
         raise DataError(f"the text source {error}")
     if name.startswith(FILE_PREFIX):
         return [_read_file(Path(name.removeprefix(FILE_PREFIX)).expanduser())]
-    return list(read_documents(split).values())
+    if name == "stdlib":
+        return list(read_documents(split).values())
+    return read_split(name, split)
 
 
 def _read_file(path: Path) -> str:

@@ -15,11 +15,9 @@ import tokenize
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
+from quantlab.calibration.corpora import Split
 from quantlab.errors import DataError
-
-Split = Literal["train", "held_out"]
 
 HELD_OUT_ONE_IN = 16
 
@@ -34,7 +32,7 @@ def is_held_out(name: str) -> bool:
 
 
 def read_documents(split: Split) -> dict[str, str]:
-    """The documents of one split, name to text, ordered by name.
+    """The documents of one split, name to text, ordered by name; what is held out makes up the test split.
 
     Raises:
         DataError: the interpreter has no readable standard library sources.
@@ -42,12 +40,12 @@ def read_documents(split: Split) -> dict[str, str]:
     documents = {
         name: text
         for name, read in (*_modules(), *_topics())
-        if is_held_out(name) == (split == "held_out") and (text := read()).strip()
+        if is_held_out(name) == (split == "test") and (text := read()).strip()
     }
     if not documents:
         raise DataError(
             f"the standard library at {_library_folder()} has no readable .py sources; "
-            "use a Python installation with sources, or set `data.name` to `file:PATH`"
+            "use a Python installation with sources, or calibrate and evaluate on `file:PATH`"
         )
     return dict(sorted(documents.items()))
 

@@ -1,8 +1,8 @@
 """Token windows of equal length, cut from a text source with the model's own tokenizer."""
 
 import hashlib
-import sys
-from collections.abc import Iterable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from quantlab.calibration.corpora import CORPORA
 from quantlab.calibration.sources import load_documents
 from quantlab.errors import DataError, ModelError
 
-POOL = 4
-"""Calibration windows are drawn from this many times as many tokens, out of documents in random order."""
+_POOL = 4
+"""Windows are drawn from this many times as many tokens, out of documents in random order."""
+
+_HOPELESS = 20
+"""So many draws per document in a row without one that is long enough: there is none, or next to none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,63 +51,82 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def calibration_windows(
     tokenizer: PreTrainedTokenizerBase, source: str, num_samples: int, sequence_length: int, seed: int
 ) -> TokenWindows:
-    """Windows at random places of random documents of the training split.
+    """Windows of the training split at random places.
+
+    From the corpora of the literature they are drawn as GPTQ's code (arXiv:2210.17323) draws them, so that equal seeds
+    give equal windows. From other sources they are drawn out of shuffled documents without special tokens.
 
     Raises:
         DataError: the source is missing or shorter than one window.
     """
-    generator = torch.Generator().manual_seed(seed)
     documents = load_documents(source, "train")
-    shuffled = (documents[index] for index in torch.randperm(len(documents), generator=generator).tolist())
-    stream = _token_stream(tokenizer, shuffled, POOL * num_samples * sequence_length)
-    _require_one_window(source, stream, sequence_length)
-    starts = torch.randint(stream.numel() - sequence_length + 1, (num_samples, 1), generator=generator)
-    return _windows(source, stream[starts + torch.arange(sequence_length)])
+    if source in CORPORA:
+        ids = _drawn_as_published(tokenizer, CORPORA[source].separator, documents, num_samples, sequence_length, seed)
+    else:
+        ids = _drawn_from_shuffled(tokenizer, documents, num_samples, sequence_length, seed)
+    if ids is None:
+        raise DataError(
+            f"the text source {source!r} has no stretch of {sequence_length:,} tokens; use a longer text or a smaller "
+            "calibration.sequence_length"
+        )
+    return TokenWindows(source=source, ids=ids, sha256=hashlib.sha256(ids.numpy().tobytes()).hexdigest())
 
 
-def evaluation_windows(
-    tokenizer: PreTrainedTokenizerBase, source: str, sequence_length: int, num_windows: int | None
-) -> TokenWindows:
-    """Non-overlapping windows of the held-out split; the remainder is dropped.
+def sample_within_documents(
+    encode: Callable[[str], list[int]], documents: Sequence[str], count: int, length: int, seed: int
+) -> Tensor | None:
+    """Random windows of random documents, in the order of draws of GPTQ's code.
 
-    Args:
-        tokenizer: of the evaluated model.
-        source: name of the text source.
-        sequence_length: tokens per window.
-        num_windows: how many, evenly spread over the text; None takes all.
-
-    Raises:
-        DataError: the source is missing or shorter than one window.
+    Returns:
+        (count, length) int64, or None if hardly any document is long enough.
     """
-    stream = _token_stream(tokenizer, load_documents(source, "held_out"), sys.maxsize)
-    _require_one_window(source, stream, sequence_length)
-    windows = stream[: stream.numel() // sequence_length * sequence_length].view(-1, sequence_length)
-    if num_windows is not None and num_windows < len(windows):
-        windows = windows[torch.arange(num_windows) * len(windows) // num_windows]
-    return _windows(source, windows)
+    generator = random.Random(seed)
+    windows: list[list[int]] = []
+    misses = 0
+    while len(windows) < count and misses < _HOPELESS * len(documents):
+        ids = encode(documents[generator.randint(0, len(documents) - 1)])
+        if len(ids) <= length:
+            misses += 1
+            continue
+        misses = 0
+        start = generator.randint(0, len(ids) - length - 1)
+        windows.append(ids[start : start + length])
+    return torch.tensor(windows) if len(windows) == count else None
 
 
-def _token_stream(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], enough: int) -> Tensor:
-    """Documents as one stream, each closed by the end-of-text token if the tokenizer has one.
+def _drawn_as_published(
+    tokenizer: PreTrainedTokenizerBase,
+    separator: str | None,
+    documents: Sequence[str],
+    count: int,
+    length: int,
+    seed: int,
+) -> Tensor | None:
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+        return ids
 
-    Stops after the document with which the stream has enough tokens.
-    """
+    if separator is None:
+        return sample_within_documents(encode, documents, count, length, seed)
+    stream = torch.tensor(encode(separator.join(documents)))
+    if len(stream) <= length:
+        return None
+    generator = random.Random(seed)
+    starts = torch.tensor([generator.randint(0, len(stream) - length - 1) for _ in range(count)])
+    return stream[starts[:, None] + torch.arange(length)]
+
+
+def _drawn_from_shuffled(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], count: int, length: int, seed: int
+) -> Tensor | None:
+    generator = torch.Generator().manual_seed(seed)
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
-    for document in documents:
-        stream += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + separator
-        if len(stream) >= enough:
+    for index in torch.randperm(len(documents), generator=generator).tolist():
+        stream += tokenizer(documents[index], add_special_tokens=False, verbose=False)["input_ids"] + separator
+        if len(stream) >= _POOL * count * length:
             break
-    return torch.tensor(stream)
-
-
-def _require_one_window(source: str, stream: Tensor, sequence_length: int) -> None:
-    if stream.numel() < sequence_length:
-        raise DataError(
-            f"the text source {source!r} has {stream.numel():,} tokens, fewer than one window of {sequence_length:,}; "
-            "use a longer text or a smaller sequence_length"
-        )
-
-
-def _windows(source: str, ids: Tensor) -> TokenWindows:
-    return TokenWindows(source=source, ids=ids, sha256=hashlib.sha256(ids.numpy().tobytes()).hexdigest())
+    if len(stream) < length:
+        return None
+    starts = torch.randint(len(stream) - length + 1, (count, 1), generator=generator)
+    return torch.tensor(stream)[starts + torch.arange(length)]

@@ -9,6 +9,7 @@ import click
 
 from quantlab._version import __version__
 from quantlab.cli.check import check
+from quantlab.cli.data import data
 from quantlab.cli.ls import ls
 from quantlab.cli.options import CONTEXT, Session, verbatim, verbose_option
 from quantlab.cli.run import run
@@ -38,7 +39,7 @@ EXIT_CODES = (
 @click.group(
     "quantlab",
     context_settings=CONTEXT,
-    commands=[run, ls, show, validate, check],
+    commands=[run, data, ls, show, validate, check],
     epilog="\n\n".join([verbatim("Start here, without network and GPU", START), verbatim("Exit codes", EXIT_CODES)]),
 )
 @click.version_option(__version__, prog_name="quantlab")

@@ -11,7 +11,8 @@ from quantlab.cli.options import examples, json_option, verbose_option
 
 
 @click.group(
-    short_help="List methods, recipes or models.", epilog=examples("quantlab ls methods", "quantlab ls recipes --json")
+    short_help="List methods, recipes, models or data sets.",
+    epilog=examples("quantlab ls methods", "quantlab ls recipes --json"),
 )
 @verbose_option
 def ls() -> None:
@@ -53,6 +54,21 @@ def models(as_json: bool) -> None:
     from quantlab.models import ALIASES
 
     _print([{"name": name, **dataclasses.asdict(alias)} for name, alias in ALIASES.items()], as_json)
+
+
+@ls.command(short_help="Text for calibration and evaluation.", epilog=examples("quantlab ls datasets"))
+@json_option
+@verbose_option
+def datasets(as_json: bool) -> None:
+    """List the text sources; `quantlab data prepare NAME` makes a corpus ready."""
+    from quantlab.calibration.corpora import CORPORA
+    from quantlab.calibration.prepared import prepared_corpora, prepared_splits
+
+    rows = [{"name": "stdlib", "state": "ready", "note": "the standard library of the running Python"}]
+    for name in dict.fromkeys([*CORPORA, *prepared_corpora()]):
+        note = CORPORA[name].note if name in CORPORA else "your own"
+        rows.append({"name": name, "state": ", ".join(prepared_splits(name)) or "not prepared", "note": note})
+    _print([*rows, {"name": "file:PATH", "state": "ready", "note": "a UTF-8 text file"}], as_json)
 
 
 def _abilities(name: str) -> dict[str, str]:

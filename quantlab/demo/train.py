@@ -44,7 +44,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
 
     train_documents = read_documents("train")
-    held_out_documents = read_documents("held_out")
+    held_out_documents = read_documents("test")
     tokenizer = train_tokenizer(train_documents)
     train_ids = encode(tokenizer, train_documents)
     held_out_ids = encode(tokenizer, held_out_documents)

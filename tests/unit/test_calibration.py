@@ -1,11 +1,14 @@
+import random
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from quantlab.calibration.prepared import write_split
 from quantlab.calibration.sources import load_documents
 from quantlab.calibration.stdlib import is_held_out, read_documents
-from quantlab.calibration.tokens import calibration_windows, evaluation_windows
+from quantlab.calibration.tokens import calibration_windows
 from quantlab.errors import DataError
 
 
@@ -27,33 +30,20 @@ def text(tmp_path):
 
 
 def test_no_standard_library_document_is_in_both_splits():
-    train, held_out = read_documents("train"), read_documents("held_out")
+    train, held_out = read_documents("train"), read_documents("test")
     assert train.keys().isdisjoint(held_out)
     assert all(is_held_out(name) for name in held_out)
     assert 0.02 < len(held_out) / len(train) < 0.15
 
 
 def test_the_standard_library_holds_code_and_prose_but_no_tests():
-    names = {*read_documents("train"), *read_documents("held_out")}
+    names = {*read_documents("train"), *read_documents("test")}
     assert {"json.decoder", "argparse", "pydoc_data.topics:assignment"} <= names
     assert not [name for name in names if "test" in name.split(".") or "site-packages" in name]
 
 
 def test_the_order_of_documents_is_fixed():
-    assert list(read_documents("held_out")) == sorted(read_documents("held_out"))
-
-
-def test_evaluation_windows_do_not_overlap_and_follow_the_text(tokenizer, text):
-    windows = evaluation_windows(tokenizer, text, sequence_length=26, num_windows=None)
-    assert windows.ids.shape == (40, 26)
-    assert (windows.ids == torch.arange(2, 28)).all()
-
-
-def test_fewer_evaluation_windows_are_spread_over_the_text(tokenizer, tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("a" * 50 + "b" * 50)
-    windows = evaluation_windows(tokenizer, f"file:{path}", sequence_length=10, num_windows=2)
-    assert windows.ids.tolist() == [[2] * 10, [3] * 10]
+    assert list(read_documents("test")) == sorted(read_documents("test"))
 
 
 def test_calibration_windows_are_stretches_of_the_text_chosen_by_the_seed(tokenizer, text):
@@ -65,20 +55,6 @@ def test_calibration_windows_are_stretches_of_the_text_chosen_by_the_seed(tokeni
     assert ((steps == 1) | (steps == -25) | (first.ids[:, 1:] == 0)).all()
     assert torch.equal(first.ids, again.ids)
     assert first.sha256 == again.sha256 != other.sha256
-
-
-def test_documents_are_closed_by_the_end_of_text_token(tokenizer, tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("abc")
-    windows = evaluation_windows(tokenizer, f"file:{path}", sequence_length=4, num_windows=None)
-    assert windows.ids.tolist() == [[2, 3, 4, 0]]
-
-
-def test_a_text_shorter_than_one_window_is_refused(tokenizer, tmp_path):
-    path = tmp_path / "short.txt"
-    path.write_text("abc")
-    with pytest.raises(DataError, match=r"has 4 tokens, fewer than one window of 100"):
-        evaluation_windows(tokenizer, f"file:{path}", sequence_length=100, num_windows=None)
 
 
 @pytest.mark.parametrize(
@@ -94,5 +70,50 @@ def test_an_unusable_text_file_is_one_clear_error(tmp_path, content, message):
 
 
 def test_an_unknown_text_source_names_the_known_ones():
-    with pytest.raises(DataError, match="the text sources are stdlib and file:PATH"):
+    with pytest.raises(DataError, match=r"is 'wikitext'; did you mean wikitext2\?; there are stdlib, wikitext2"):
         load_documents("wikitext", "train")
+
+
+def test_a_text_without_one_window_is_refused(tokenizer, tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("abc")
+    with pytest.raises(DataError, match="no stretch of 100 tokens"):
+        calibration_windows(tokenizer, f"file:{path}", num_samples=2, sequence_length=100, seed=0)
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """Stand-ins for C4 and WikiText-2."""
+    monkeypatch.setenv("QUANTLAB_DATA", str(tmp_path))
+    documents = ["ab", "".join(chr(97 + i % 26) for i in range(60)), "xyz" * 20, "q" * 10]
+    write_split("c4", "train", documents, "test")
+    write_split("wikitext2", "train", documents, "test")
+    return documents
+
+
+def test_c4_windows_are_drawn_as_in_the_code_of_gptq(tokenizer, published):
+    random.seed(5)
+    expected = []
+    for _ in range(7):
+        while True:
+            document = random.randint(0, len(published) - 1)
+            ids = tokenizer(published[document], return_tensors="pt").input_ids
+            if ids.shape[1] > 8:
+                break
+        start = random.randint(0, ids.shape[1] - 8 - 1)
+        expected.append(ids[:, start : start + 8])
+    windows = calibration_windows(tokenizer, "c4", num_samples=7, sequence_length=8, seed=5)
+    assert torch.equal(windows.ids, torch.cat(expected))
+
+
+def test_wikitext_windows_are_drawn_as_in_the_code_of_gptq(tokenizer, published):
+    random.seed(5)
+    ids = tokenizer("\n\n".join(published), return_tensors="pt").input_ids
+    starts = [random.randint(0, ids.shape[1] - 8 - 1) for _ in range(7)]
+    windows = calibration_windows(tokenizer, "wikitext2", num_samples=7, sequence_length=8, seed=5)
+    assert torch.equal(windows.ids, torch.cat([ids[:, start : start + 8] for start in starts]))
+
+
+def test_documents_that_are_all_too_short_end_the_search(tokenizer, published):
+    with pytest.raises(DataError, match="no stretch of 100 tokens"):
+        calibration_windows(tokenizer, "c4", num_samples=2, sequence_length=100, seed=0)
