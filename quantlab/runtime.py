@@ -3,22 +3,30 @@
 The engine puts a `LutLinear` in the place of every layer it has solved, and the reader puts the same module
 in the place of every layer a checkpoint lists. Both therefore compute with the same stored numbers, and a
 loaded model equals the one that was calibrated bit for bit.
+
+On its first use a layer brings its codes into the layout of the kernel and frees the stored bit planes; whoever
+asks for them (a state dict, a move to another device) gets them back unchanged.
 """
 
+import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 import quantlab_kernels
-from quantlab.api import CodebookSpec, Lut, Outliers, QuantizedLayer, UniformGrid
+from quantlab.api import CodebookSpec, Lut, Outliers, QuantizedLayer
 from quantlab.errors import NumericalError
 
 CODEBOOK_DTYPE = torch.float16
 
 CodebookKind = Literal["lut", "uniform"]
+
+# Held while a layer changes its layout, which is rare. One lock for all, since modules must be copyable.
+_LAYOUT_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,8 @@ class LutLinear(nn.Module):
     """
 
     bias: Tensor | None
+    packed_codes: Tensor | None
+    prepared_codes: Tensor | None
 
     def __init__(self, spec: ModuleSpec, tensors: Mapping[str, Tensor], bias: Tensor | None) -> None:
         """Wrap stored tensors.
@@ -124,6 +134,8 @@ class LutLinear(nn.Module):
                 f"bias has shape {bias_shape}; expected {spec.out_features} values if and only if spec.bias"
             )
         self.register_buffer("bias", bias)
+        self.register_buffer("prepared_codes", None, persistent=False)
+        self._prepared: quantlab_kernels.PreparedWeight | None = None
         self.spec = spec
         self.in_features = spec.in_features
         self.out_features = spec.out_features
@@ -173,32 +185,89 @@ class LutLinear(nn.Module):
     @property
     def storage_bits(self) -> int:
         """Bits that store the weight: codes with their padding, codebook, outliers; not the bias."""
-        return 8 * sum(self.get_buffer(name).nbytes for name in storage_layout(self.spec))
+        layout = storage_layout(self.spec).values()
+        return 8 * sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout)
 
     def dequantize(self) -> Tensor:
         """The dense weight that `forward` multiplies with: (out_features, in_features) float32."""
+        codebook, zero = self._codebook()
+        if zero is not None:
+            codebook = quantlab_kernels.uniform_levels(codebook, zero, self.spec.bits)
         return quantlab_kernels.dequantize(
-            self.get_buffer("packed_codes"), self._levels(), self.in_features, *self._outliers()
+            self.get_buffer("packed_codes"), codebook, self.in_features, *self._outliers()
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """X Wᵀ + bias: (..., in_features) to (..., out_features), in the type of x."""
-        result: Tensor = torch.ops.quantlab.lut_matmul(
-            x, self.get_buffer("packed_codes"), self._levels(), self.bias, *self._outliers()
-        )
-        return result
+        """X Wᵀ + bias: (..., in_features) to (..., out_features), in the type of x.
+
+        Differentiable in x; the derivative dequantizes the weight.
+        """
+        if torch.is_grad_enabled() and x.requires_grad:
+            differentiable: Tensor = _Multiplication.apply(x, self)  # type: ignore[no-untyped-call]
+            return differentiable
+        return self._multiply(x)
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Bring the codes into the layout of the kernel now rather than at the first use.
+
+        Compiled code takes the codes as it finds them and does not prepare anything.
+
+        Args:
+            dtype: the type of the inputs to come.
+        """
+        with _LAYOUT_LOCK:
+            if self._is_prepared_for(dtype):
+                return
+            self._restore()
+            packed_codes, (codebook, zero) = self.get_buffer("packed_codes"), self._codebook()
+            prepared = quantlab_kernels.prepare(packed_codes, codebook, zero, self.in_features, dtype)
+            self._prepared = prepared
+            if prepared is not None and prepared.restore is not None:
+                self.prepared_codes = prepared.codes
+                self.packed_codes = None
+
+    def get_buffer(self, target: str) -> Tensor:
+        """A buffer by name. Bit planes that were freed are made again, as a copy."""
+        prepared = self._prepared
+        if target == "packed_codes" and prepared is not None and prepared.restore is not None:
+            return prepared.restore(prepared)
+        return super().get_buffer(target)
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""
         return ", ".join(f"{name}={value}" for name, value in vars(self.spec).items())
 
-    def _levels(self) -> Tensor:
+    def _multiply(self, x: Tensor) -> Tensor:
+        if not self._is_prepared_for(x.dtype) and not torch.compiler.is_compiling():
+            self.prepare(x.dtype)
+        prepared = self._prepared
+        if prepared is None or not self._is_prepared_for(x.dtype):
+            codebook, zero = self._codebook()
+            result: Tensor = torch.ops.quantlab.lut_matmul(
+                x, self.get_buffer("packed_codes"), codebook, self.bias, *self._outliers(), zero
+            )
+        else:
+            result = torch.ops.quantlab.lut_matmul_prepared(
+                x, prepared.codes, prepared.codebook, prepared.zero, prepared.layout, self.bias, *self._outliers()
+            )
+        return result
+
+    def _is_prepared_for(self, dtype: torch.dtype) -> bool:
+        return self._prepared is not None and self._prepared.dtype in (None, dtype)
+
+    def _restore(self) -> None:
+        """Return to the stored form."""
+        with _LAYOUT_LOCK:
+            if self._prepared is not None:
+                self.packed_codes = self.get_buffer("packed_codes")
+                self.prepared_codes = None
+                self._prepared = None
+
+    def _codebook(self) -> tuple[Tensor, Tensor | None]:
+        """The codebook, or scale and zero."""
         if self.spec.codebook == "lut":
-            return self.get_buffer("codebook")
-        grid = UniformGrid(
-            scale=self.get_buffer("scale").float(), zero=self.get_buffer("zero").float(), bits=self.spec.bits
-        )
-        return grid.levels()
+            return self.get_buffer("codebook"), None
+        return self.get_buffer("scale"), self.get_buffer("zero")
 
     def _outliers(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if not self.spec.outliers:
@@ -210,6 +279,7 @@ class LutLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._restore()
         stored = {name: self.get_buffer(name) for name in storage_layout(self.spec)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in stored.items():
@@ -217,6 +287,28 @@ class LutLinear(nn.Module):
             if after.dtype != before.dtype:
                 setattr(self, name, before.to(after.device))
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}packed_codes"] = self.get_buffer("packed_codes")
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restore()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class _Multiplication(torch.autograd.Function):
+    """`LutLinear.forward` with the derivative in x; the weight is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: LutLinear) -> Tensor:
+        ctx.layer = layer
+        return layer._multiply(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient @ ctx.layer.dequantize().to(gradient.dtype), None
 
 
 def _to_storage(name: str, values: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
-"""The shared backend of quantized linear layers: one operation, `torch.ops.quantlab.lut_matmul`.
+"""The shared backend of quantized linear layers: `torch.ops.quantlab.lut_matmul` and its prepared twin.
 
-Importing the package registers the operation. It depends on torch alone and knows no quantization method.
+Importing the package registers the operations. It depends on torch alone and knows no quantization method.
 """
 
 from quantlab_kernels import ops as ops
+from quantlab_kernels.native import status
 from quantlab_kernels.packing import pack_codes, unpack_codes
-from quantlab_kernels.reference import dequantize
+from quantlab_kernels.prepare import PreparedWeight, prepare
+from quantlab_kernels.reference import dequantize, uniform_levels
 
-__all__ = ["dequantize", "pack_codes", "unpack_codes"]
+__all__ = ["PreparedWeight", "dequantize", "pack_codes", "prepare", "status", "uniform_levels", "unpack_codes"]

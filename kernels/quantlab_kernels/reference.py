@@ -23,13 +23,16 @@ def lut_matmul(
     outlier_offsets: Tensor | None = None,
     outlier_columns: Tensor | None = None,
     outlier_values: Tensor | None = None,
+    zero: Tensor | None = None,
 ) -> Tensor:
     """`quantlab::lut_matmul` (see `quantlab_kernels.ops`) by dequantizing the weight first.
 
     Raises:
         ValueError: an operand has the wrong dtype, shape or device.
     """
-    check_operands(x, packed_codes, codebook, bias, outlier_offsets, outlier_columns, outlier_values)
+    check_operands(x, packed_codes, codebook, bias, outlier_offsets, outlier_columns, outlier_values, zero)
+    if zero is not None:
+        codebook = uniform_levels(codebook, zero, packed_codes.shape[0])
     weight = dequantize(packed_codes, codebook, x.shape[-1], outlier_offsets, outlier_columns, outlier_values)
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -67,3 +70,19 @@ def dequantize(
         row = torch.repeat_interleave(outlier_offsets.diff(), output_size=outlier_columns.numel())
         weight.index_put_((row, outlier_columns), outlier_values.to(weight.dtype), accumulate=True)
     return weight
+
+
+def uniform_levels(scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The codebook of equally spaced levels: level k is (k - zero) * scale.
+
+    Args:
+        scale: (out_features, groups), floating point.
+        zero: (out_features, groups), floating point.
+        bits: code width.
+
+    Returns:
+        (out_features, groups, 2**bits) float32, or float64 for a float64 scale.
+    """
+    scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
+    codes = torch.arange(1 << bits, dtype=scale.dtype, device=scale.device)
+    return (codes - zero.to(scale.dtype)[..., None]) * scale[..., None]

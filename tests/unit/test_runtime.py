@@ -1,9 +1,11 @@
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.nn.functional import linear
 
+import quantlab_kernels
 from quantlab.api import CodebookSpec, Lut, Outliers, QuantizedLayer, UniformGrid
 from quantlab.errors import NumericalError
 from quantlab.runtime import LutLinear, ModuleSpec, storage_layout
@@ -53,12 +55,23 @@ def test_stored_weight_is_the_dequantized_layer_up_to_float16(layer):
     torch.testing.assert_close(module.dequantize(), layer.dequantize(), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_forward_multiplies_with_exactly_the_dequantized_weight(layer, dtype):
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_forward_multiplies_with_the_dequantized_weight(layer, dtype):
     bias = torch.randn(ROWS, dtype=dtype)
     module = LutLinear.from_layer(layer, SPEC, bias)
     x = torch.randn(2, 3, COLUMNS, dtype=dtype)
-    assert torch.equal(module(x), linear(x, module.dequantize().to(dtype), bias))
+    expected = linear(x.double(), module.dequantize().to(dtype).double(), bias.double())
+    assert module(x).dtype == dtype
+    assert (module(x) - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["lut", "uniform", "outliers"])
+def test_one_hot_inputs_show_exactly_the_dequantized_weight(kind):
+    module = LutLinear.from_layer(LAYERS[kind](), SPEC, None)
+    assert torch.equal(module(torch.eye(COLUMNS)), module.dequantize().T)
 
 
 def test_a_placeholder_filled_from_a_state_dict_is_the_same_layer(layer):
@@ -148,3 +161,88 @@ def test_the_module_compiles_into_one_graph(layer):
     x = torch.randn(3, COLUMNS)
     with torch.inference_mode():
         assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x), module(x))
+
+
+WIDE = CodebookSpec(bits=4, group_size=64)
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """A layer that the CPU prepares, with its input and result before anything is prepared."""
+    torch.manual_seed(0)
+    codes = torch.randint(0, 16, (9, 128), dtype=torch.uint8)
+    module = LutLinear.from_layer(QuantizedLayer(codes=codes, codebook=Lut(values=torch.randn(9, 2, 16))), WIDE, None)
+    if quantlab_kernels.prepare(*stored(module).values(), None, 128, torch.float32) is None:
+        pytest.skip("this machine reads the stored bit planes")
+    return module
+
+
+def stored(module):
+    return {name: module.state_dict()[name].clone() for name in ("packed_codes", "codebook")}
+
+
+def is_stored(module):
+    return module.packed_codes is not None and module.prepared_codes is None
+
+
+def test_the_first_use_frees_the_bit_planes_and_whoever_asks_gets_them_back(wide):
+    before, weight, bits = stored(wide), wide.dequantize(), wide.storage_bits
+    assert is_stored(wide)
+    result = wide(torch.eye(128))
+    assert wide.packed_codes is None
+    assert {name for name, _ in wide.named_buffers()} == {"codebook", "prepared_codes"}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in wide.state_dict().items())
+    assert set(wide.state_dict()) == set(before)
+    assert torch.equal(wide.get_buffer("packed_codes"), before["packed_codes"])
+    assert torch.equal(wide.dequantize(), weight)
+    assert torch.equal(result, weight.T)
+    assert wide.storage_bits == bits
+
+
+def test_a_prepared_layer_can_be_copied_cast_moved_and_filled(wide):
+    x = torch.randn(3, 128)
+    result, before = wide(x), stored(wide)
+    twin = copy.deepcopy(wide)
+    assert twin.prepared_codes is twin._prepared.codes
+    assert twin.prepared_codes is not wide.prepared_codes
+    assert torch.equal(twin(x), result)
+    assert is_stored(twin.to(torch.bfloat16))
+    assert torch.equal(twin(x), result)
+    assert all(tensor.is_meta for tensor in copy.deepcopy(wide).to("meta").state_dict().values())
+    twin.load_state_dict(before | {"codebook": before["codebook"] * 2})
+    assert is_stored(twin)
+    assert torch.equal(twin(x), result * 2)
+
+
+def test_a_prepared_layer_compiles_into_one_graph_with_the_same_result(wide):
+    x = torch.randn(3, 128)
+    with torch.inference_mode():
+        unprepared = torch.compile(wide, fullgraph=True, backend="aot_eager")(x)
+        assert is_stored(wide)
+        wide.prepare(x.dtype)
+        assert not is_stored(wide)
+        assert torch.equal(torch.compile(wide, fullgraph=True, backend="aot_eager")(x), unprepared)
+        assert torch.equal(wide(x), unprepared)
+
+
+def test_threads_that_meet_in_the_first_use_agree(wide):
+    x = torch.randn(3, 128)
+    expected = copy.deepcopy(wide)(x)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            wide.to(torch.float32)
+            assert all(torch.equal(result, expected) for result in pool.map(wide, [x] * 8))
+
+
+def test_inputs_that_require_gradients_get_the_result_of_the_kernel_and_the_derivative_of_the_weight(wide):
+    x = torch.randn(3, 128, requires_grad=True)
+    result = wide(x)
+    assert torch.equal(result, wide(x.detach()))
+    gradient = torch.randn(3, 9)
+    result.backward(gradient)
+    assert torch.equal(x.grad, gradient @ wide.dequantize())
+
+
+def test_one_sample_has_the_same_result_alone_and_among_others(wide):
+    x = torch.randn(9, 128)
+    assert torch.equal(torch.cat([wide(sample) for sample in x.split(1)]), wide(x))

@@ -1,0 +1,220 @@
+"""Measure `quantlab::lut_matmul` on the CPU against its targets: `python kernels/bench/lut_matmul.py`.
+
+Weights are cold: every call takes the next of several copies that together are far larger than the last cache. All
+variants of a table run in turns, and the speed at which the machine reads memory is measured among them, since on
+a shared machine only ratios within one run mean something. Times are the 10th percentile of all calls.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import quantlab_kernels
+from quantlab_kernels.build import Recipe, build_library, cxx_command
+from quantlab_kernels.isa import chosen_isa
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COLD_BYTES = 192 << 20
+CEILING = {"4-bit fp32": 0.65, "4-bit bf16": 0.80, "3-bit bf16": 0.70}  # one thread, share of the read speed
+OVER_TORCH = 8.0  # times torch float32
+OVER_ONE_THREAD = 1.6  # with two
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured variant; `gb_per_s` counts the bytes of its weights, `mac_per_ns` multiplications."""
+
+    shape: str
+    threads: int
+    batch: int
+    name: str
+    ms: float
+    gb_per_s: float
+    mac_per_ns: float
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Something to time: `calls` yields functions, each with its own copy of the weights."""
+
+    name: str
+    nbytes: int
+    calls: Iterator[Callable[[], object]]
+
+
+def main() -> None:
+    """Run, print, and write the record if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=4.0, help="per shape and number of threads")
+    parser.add_argument("--sweep-seconds", type=float, default=1.5, help="per batch and number of threads; 0: no sweep")
+    parser.add_argument("--json", type=Path, help="write the record here")
+    arguments = parser.parse_args()
+    decode = [
+        row
+        for shape in SHAPES
+        for row in measure(decode_variants(shape), shape, 1, arguments.threads, arguments.seconds)
+    ]
+    print_decode(decode)
+    sweep: list[Row] = []
+    for batch in BATCHES if arguments.sweep_seconds else ():
+        sweep += measure(sweep_variants(SHAPES[0], batch), SHAPES[0], batch, arguments.threads, arguments.sweep_seconds)
+    print_sweep(sweep)
+    if arguments.json:
+        record = {"machine": describe_machine(), "rows": [asdict(row) for row in decode + sweep]}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def describe_machine() -> dict[str, str]:
+    """What the figures depend on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"cpu": model, "cores": str(os.cpu_count()), "torch": torch.__version__, **quantlab_kernels.status()}
+
+
+def decode_variants(shape: tuple[int, int]) -> list[Variant]:
+    """One sample against every width and the dense layers of PyTorch."""
+    quantized = [quantized_variant(shape, bits, name, 1) for bits in (4, 3, 2) for name in DTYPES]
+    return [read_variant(), *quantized, *(dense_variant(shape, name, 1) for name in DTYPES)]
+
+
+def sweep_variants(shape: tuple[int, int], batch: int) -> list[Variant]:
+    """A batch against 4-bit weights and the dense layers of PyTorch."""
+    return [
+        make
+        for name in DTYPES
+        for make in (quantized_variant(shape, 4, name, batch), dense_variant(shape, name, batch))
+    ]
+
+
+def read_variant() -> Variant:
+    """Reading memory and nothing else."""
+    source = Path(__file__).with_name("stream.cpp")
+    recipe = Recipe("stream", (source,), (), cxx_command(chosen_isa().flags))
+    library = ctypes.CDLL(str(build_library(recipe)))
+    library.quantlab_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+    buffers = torch.ones(4, COLD_BYTES // 32, dtype=torch.int64)
+    words = buffers.shape[1]
+    calls = [
+        lambda buffer=buffer: library.quantlab_read(buffer.data_ptr(), words, torch.get_num_threads())
+        for buffer in buffers
+    ]
+    return Variant("memory read", words * 8, cycle(calls))
+
+
+def quantized_variant(shape: tuple[int, int], bits: int, dtype_name: str, batch: int) -> Variant:
+    """Prepared weights with one codebook per row."""
+    rows, columns = shape
+    dtype = DTYPES[dtype_name]
+    words = torch.randint(-(2**31), 2**31, (bits, rows, columns // 32), dtype=torch.int32)
+    codebook = torch.randn(rows, 1, 2**bits).half()
+    prepared = quantlab_kernels.prepare(words, codebook, None, columns, dtype)
+    if prepared is None:
+        raise SystemExit(f"nothing to measure: {quantlab_kernels.status()}")
+    x, layout = torch.randn(batch, columns).to(dtype), prepared.layout
+    multiply = torch.ops.quantlab.lut_matmul_prepared.default
+    calls = [lambda codes=codes: multiply(x, codes, codebook, None, layout) for codes in copies(prepared.codes)]
+    return Variant(f"{bits}-bit {dtype_name}", prepared.codes.nbytes + codebook.nbytes, cycle(calls))
+
+
+def dense_variant(shape: tuple[int, int], dtype_name: str, batch: int) -> Variant:
+    """`torch.nn.functional.linear`."""
+    weight = torch.randn(shape).to(DTYPES[dtype_name])
+    x = torch.randn(batch, shape[1]).to(weight.dtype)
+    calls = [lambda copy=copy: torch.nn.functional.linear(x, copy) for copy in copies(weight)]
+    return Variant(f"torch {dtype_name}", weight.nbytes, cycle(calls))
+
+
+def copies(weight: Tensor) -> list[Tensor]:
+    """Enough copies to be cold in turn."""
+    return [weight.clone() for _ in range(max(2, -(-COLD_BYTES // weight.nbytes)))]
+
+
+def measure(
+    variants: list[Variant], shape: tuple[int, int], batch: int, threads: list[int], seconds: float
+) -> list[Row]:
+    """Time all variants in turns."""
+    rows = []
+    for count in threads:
+        torch.set_num_threads(count)
+        times: dict[str, list[float]] = {variant.name: [] for variant in variants}
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times[variants[0].name]) < 5:
+            for variant in variants:
+                call = next(variant.calls)
+                start = time.perf_counter()
+                call()
+                times[variant.name].append(time.perf_counter() - start)
+        for variant in variants:
+            best = sorted(times[variant.name])[len(times[variant.name]) // 10]
+            products = shape[0] * shape[1] * batch / best / 1e9
+            speed = variant.nbytes / best / 1e9
+            rows.append(Row(f"{shape[0]}x{shape[1]}", count, batch, variant.name, best * 1e3, speed, products))
+    return rows
+
+
+def print_decode(rows: list[Row]) -> None:
+    """One sample: share of the read speed, ratios to PyTorch, targets."""
+    by_key = {(row.shape, row.threads, row.name): row for row in rows}
+    print("One sample, cold weights. ceiling: share of the speed of reading memory. Ratios are speeds.\n")
+    print("| shape | threads | variant | ms | GB/s | ceiling | x torch fp32 | x torch bf16 | x one thread | targets |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        read = by_key[row.shape, row.threads, "memory read"]
+        single = by_key.get((row.shape, 1, row.name))
+        fp32, bf16 = (by_key[row.shape, row.threads, f"torch {name}"].ms / row.ms for name in DTYPES)
+        share = row.gb_per_s / read.gb_per_s
+        scaling = None if single is None or row.threads == 1 else single.ms / row.ms
+        goals = targets(row, share, fp32, scaling)
+        ratios = "- | -" if row is read else f"{fp32:.1f} | {bf16:.1f}"
+        print(
+            f"| {row.shape} | {row.threads} | {row.name} | {row.ms:.3f} | {row.gb_per_s:.1f} | {share:.0%} | {ratios} "
+            f"| {'-' if scaling is None else f'{scaling:.2f}'} | {goals} |"
+        )
+
+
+def targets(row: Row, share: float, over_fp32: float, scaling: float | None) -> str:
+    """Which targets the row meets and misses."""
+    if not row.name.startswith(("4-bit", "3-bit")):
+        return ""
+    goals = {f">= {OVER_TORCH:.0f}x torch fp32": over_fp32 >= OVER_TORCH}
+    if row.threads == 1 and row.name in CEILING:
+        goals[f">= {CEILING[row.name]:.0%} of the ceiling"] = share >= CEILING[row.name]
+    if row.threads == 2 and scaling is not None:
+        goals[f">= {OVER_ONE_THREAD}x one thread"] = scaling >= OVER_ONE_THREAD
+    return ", ".join(f"{name}: {'met' if met else 'MISSED'}" for name, met in goals.items())
+
+
+def print_sweep(rows: list[Row]) -> None:
+    """Batches: multiplications per nanosecond, and whether the kernel is ahead of the dense layer."""
+    if not rows:
+        return
+    by_key = {(row.threads, row.batch, row.name): row for row in rows}
+    names = [(f"4-bit {name}", f"torch {name}") for name in DTYPES]
+    print(f"\nBatches, {rows[0].shape}, products per ns.\n")
+    print(f"| threads | batch | {' | '.join(f'{ours} | {dense} | ratio' for ours, dense in names)} |")
+    print("|---|---|" + "---|" * 6)
+    for threads, batch in sorted({(row.threads, row.batch) for row in rows}):
+        cells = []
+        for pair in names:
+            ours, dense = (by_key[threads, batch, name].mac_per_ns for name in pair)
+            cells.append(f"{ours:.1f} | {dense:.1f} | {ours / dense:.2f}")
+        print(f"| {threads} | {batch} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

@@ -1,0 +1,217 @@
+"""`quantlab::lut_matmul` on the CPU: the native library, its layout of codes, and calls to it.
+
+Codes of 2, 3 and 4 bits whose codebooks cover a whole row or a multiple of 32 columns are brought into tiles
+(`csrc/cpu/lut_layout.h`) and decoded in vector registers. Everything else, and machines without AVX2, use a kernel
+that reads bit planes. x in float64, and everything where there is no native library, goes to the reference.
+
+A sample has the same result bit for bit whatever else is in the batch and whatever the number of threads is. With
+bfloat16 and float16 the levels are rounded to the type of x as in the reference, outliers are not; sums are float32.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from quantlab_kernels import reference
+from quantlab_kernels.build import Recipe
+from quantlab_kernels.isa import Isa, chosen_isa, cpu_recipe
+from quantlab_kernels.native import NativeLibrary
+from quantlab_kernels.shapes import check_codebook, check_operands, check_prepared_operands
+
+SOURCES = ("lut_tiled.cpp", "lut_generic.cpp", "lut_tiles.cpp")
+HEADERS = (
+    "lut_interface.h",
+    "lut_numbers.h",
+    "lut_finish.h",
+    "lut_levels.h",
+    "lut_layout.h",
+    "lut_decode.h",
+    "lut_memory.h",
+    "lut_avx2.h",
+    "lut_avx512.h",
+)
+TILED_BITS = (2, 3, 4)
+SLICE_COLUMNS = 32
+
+_SCALAR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_STORED_TYPES = (torch.float32, torch.float16)
+_OUT_OF_MEMORY = 1
+
+
+class _LutMatmul(ctypes.Structure):
+    """The arguments of one call; see `csrc/cpu/lut_interface.h`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "y", "codes", "codebook", "zero", "bias")),
+        *((f"outlier_{name}", ctypes.c_void_p) for name in ("offsets", "columns", "values")),
+        *((name, ctypes.c_int64) for name in ("batch", "in_features", "out_features", "groups")),
+        *((name, ctypes.c_int32) for name in ("bits", "x_type", "codebook_type", "outlier_type", "threads")),
+    )
+
+
+def recipe_for(isa: Isa) -> Recipe:
+    """How to compile the library for one instruction set."""
+    # The hot loops are unrolled by hand; -O3 makes them no faster and takes three times as long.
+    return cpu_recipe("lut", SOURCES, HEADERS, isa, ("-O2",))
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    matrix = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)
+    library.quantlab_lut_tile_words.argtypes = matrix
+    library.quantlab_lut_tile_words.restype = ctypes.c_int64
+    for function in (library.quantlab_lut_tile, library.quantlab_lut_untile):
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, *matrix, ctypes.c_int32)
+    for function in (library.quantlab_lut_matmul, library.quantlab_lut_tiled_matmul):
+        function.argtypes = (ctypes.POINTER(_LutMatmul),)
+
+
+LIBRARY = NativeLibrary("lut_matmul", lambda: recipe_for(chosen_isa()), _declare)
+
+
+def reads_tiles(bits: int, in_features: int, groups: int) -> bool:
+    """Whether weights of this kind are multiplied from tiles on this machine."""
+    fits = bits in TILED_BITS and (groups == 1 or in_features // groups % SLICE_COLUMNS == 0)
+    library = LIBRARY.get() if fits else None
+    return library is not None and bool(library.quantlab_lut_reads_tiles())
+
+
+def tile(packed_codes: Tensor, in_features: int) -> Tensor:
+    """Bit planes (bits, out_features, words) to tiles: a flat int32 tensor.
+
+    Requires:
+        `reads_tiles` for this width.
+    """
+    library = _library()
+    bits, out_features = packed_codes.shape[:2]
+    matrix = (out_features, in_features, bits)
+    tiles = torch.empty(library.quantlab_lut_tile_words(*matrix), dtype=torch.int32)
+    packed_codes = packed_codes.contiguous()
+    library.quantlab_lut_tile(packed_codes.data_ptr(), tiles.data_ptr(), *matrix, torch.get_num_threads())
+    return tiles
+
+
+def untile(tiles: Tensor, bits: int, out_features: int, in_features: int) -> Tensor:
+    """Undo `tile`: bit planes (bits, out_features, words)."""
+    planes = torch.empty(bits, out_features, -(-in_features // SLICE_COLUMNS), dtype=torch.int32)
+    matrix = (out_features, in_features, bits)
+    _library().quantlab_lut_untile(planes.data_ptr(), tiles.data_ptr(), *matrix, torch.get_num_threads())
+    return planes
+
+
+def lut_matmul(
+    x: Tensor,
+    packed_codes: Tensor,
+    codebook: Tensor,
+    bias: Tensor | None = None,
+    outlier_offsets: Tensor | None = None,
+    outlier_columns: Tensor | None = None,
+    outlier_values: Tensor | None = None,
+    zero: Tensor | None = None,
+) -> Tensor:
+    """`quantlab::lut_matmul` for tensors on the CPU.
+
+    Raises:
+        ValueError: an operand has the wrong dtype, shape or device, or x requires a gradient.
+        MemoryError: there is no memory for the working buffers.
+    """
+    outliers = (outlier_offsets, outlier_columns, outlier_values)
+    if x.dtype not in _SCALAR_TYPES or LIBRARY.get() is None:
+        return reference.lut_matmul(x, packed_codes, codebook, bias, *outliers, zero)
+    check_operands(x, packed_codes, codebook, bias, *outliers, zero)
+    bits, out_features = packed_codes.shape[:2]
+    tiled = reads_tiles(bits, x.shape[-1], codebook.shape[1])
+    codes = tile(packed_codes, x.shape[-1]) if tiled else packed_codes.contiguous()
+    return _multiply(tiled, x, codes, bits, out_features, codebook, zero, bias, *outliers)
+
+
+def lut_matmul_prepared(
+    x: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    zero: Tensor | None,
+    layout: list[int],
+    bias: Tensor | None = None,
+    outlier_offsets: Tensor | None = None,
+    outlier_columns: Tensor | None = None,
+    outlier_values: Tensor | None = None,
+) -> Tensor:
+    """`quantlab::lut_matmul_prepared` for tensors on the CPU: `codes` are tiles, `layout` is rows, columns, bits.
+
+    Raises:
+        ValueError: an operand has the wrong dtype, shape or device, or x requires a gradient.
+        MemoryError: there is no memory for the working buffers.
+    """
+    outliers = (outlier_offsets, outlier_columns, outlier_values)
+    check_prepared_operands(x, codes, codebook, zero, layout, bias, *outliers)
+    out_features, in_features, bits = layout
+    if x.dtype not in _SCALAR_TYPES:
+        planes = untile(codes, bits, out_features, in_features)
+        return reference.lut_matmul(x, planes, codebook, bias, *outliers, zero)
+    check_codebook(codebook, zero, in_features, out_features, 2**bits)
+    words = _library().quantlab_lut_tile_words(out_features, in_features, bits)
+    if codes.dtype != torch.int32 or tuple(codes.shape) != (words,) or not codes.is_contiguous():
+        raise ValueError(f"codes are {codes.dtype} of shape {tuple(codes.shape)}; expected tiles: int32 ({words},)")
+    return _multiply(True, x, codes, bits, out_features, codebook, zero, bias, *outliers)
+
+
+def _multiply(
+    tiled: bool,
+    x: Tensor,
+    codes: Tensor,
+    bits: int,
+    out_features: int,
+    codebook: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    outlier_offsets: Tensor | None,
+    outlier_columns: Tensor | None,
+    outlier_values: Tensor | None,
+) -> Tensor:
+    in_features = x.shape[-1]
+    result = x.new_empty((*x.shape[:-1], out_features))
+    if not result.numel():
+        return result
+    stored, values = _as_stored(codebook), None if outlier_values is None else _as_stored(outlier_values)
+    # Every operand stays referenced until the call returns.
+    operands = {
+        "x": x.contiguous(),
+        "y": result,
+        "codes": codes,
+        "codebook": stored,
+        "zero": None if zero is None else _as_stored(zero),
+        "bias": None if bias is None else bias.to(x.dtype).contiguous(),
+        "outlier_offsets": None if outlier_offsets is None else outlier_offsets.contiguous(),
+        "outlier_columns": None if outlier_columns is None else outlier_columns.contiguous(),
+        "outlier_values": values,
+    }
+    arguments = _LutMatmul(
+        **{name: operand.data_ptr() for name, operand in operands.items() if operand is not None},
+        batch=result.numel() // out_features,
+        in_features=in_features,
+        out_features=out_features,
+        groups=codebook.shape[1],
+        bits=bits,
+        x_type=_SCALAR_TYPES[x.dtype],
+        codebook_type=_SCALAR_TYPES[stored.dtype],
+        outlier_type=0 if values is None else _SCALAR_TYPES[values.dtype],
+        threads=torch.get_num_threads(),
+    )
+    library = _library()
+    function = library.quantlab_lut_tiled_matmul if tiled else library.quantlab_lut_matmul
+    if status := function(arguments):
+        reason = "no memory for its buffers" if status == _OUT_OF_MEMORY else f"status {status}"
+        raise MemoryError(f"lut_matmul for {tuple(x.shape)} x {(out_features, in_features)}: {reason}")
+    return result
+
+
+def _as_stored(values: Tensor) -> Tensor:
+    """In a type that the library reads."""
+    return (values if values.dtype in _STORED_TYPES else values.float()).contiguous()
+
+
+def _library() -> ctypes.CDLL:
+    library = LIBRARY.get()
+    if library is None:
+        raise RuntimeError("the native library is gone: QUANTLAB_KERNELS changed after weights were prepared for it")
+    return library

@@ -1,0 +1,106 @@
+// What the codebook step needs beside the Gram matrices: sums by code, look-ups by code, and small linear systems.
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "solver_vector.h"
+
+// sums[row][code] = sum of values[row][j] over inputs j with that code; (rows, levels)
+SOLVER_API void solver_sums_by_code(const uint8_t* codes, const float* values, int64_t rows, int64_t inputs,
+                                    int64_t levels, double* sums, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; ++row) {
+        double* row_sums = sums + row * levels;
+        std::fill(row_sums, row_sums + levels, 0.0);
+        for (int64_t j = row * inputs; j < (row + 1) * inputs; ++j) row_sums[codes[j]] += values[j];
+    }
+}
+
+namespace {
+
+template <typename T>
+void look_up(const uint8_t* codes, const T* table, int64_t rows, int64_t inputs, int64_t levels, T* values,
+             int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t j = row * inputs; j < (row + 1) * inputs; ++j) values[j] = table[row * levels + codes[j]];
+}
+
+}  // namespace
+
+// values[row][j] = table[row][codes[row][j]]; table: (rows, levels)
+SOLVER_API void solver_select_levels(const uint8_t* codes, const float* table, int64_t rows, int64_t inputs,
+                                     int64_t levels, float* values, int threads) {
+    look_up(codes, table, rows, inputs, levels, values, threads);
+}
+
+SOLVER_API void solver_relabel(const uint8_t* codes, const uint8_t* table, int64_t rows, int64_t inputs, int64_t levels,
+                               uint8_t* labels, int threads) {
+    look_up(codes, table, rows, inputs, levels, labels, threads);
+}
+
+namespace {
+
+// Turn the lower triangle of a matrix (size, size) into its Cholesky factor; false if it is not positive definite.
+bool factorise(double* matrix, int64_t size) {
+    double column[256];
+    for (int64_t c = 0; c < size; ++c) {
+        const double pivot = std::sqrt(matrix[c * size + c]);
+        if (!(pivot > 0)) return false;
+        for (int64_t r = c; r < size; ++r) column[r] = matrix[r * size + c] /= pivot;
+        for (int64_t r = c + 1; r < size; ++r)
+            for (int64_t k = c + 1; k <= r; ++k) matrix[r * size + k] -= column[r] * column[k];
+    }
+    return true;
+}
+
+// x = (L L^T)^-1 x
+void solve_factored(const double* lower, int64_t size, double* x) {
+    for (int64_t r = 0; r < size; ++r) {
+        for (int64_t c = 0; c < r; ++c) x[r] -= lower[r * size + c] * x[c];
+        x[r] /= lower[r * size + r];
+    }
+    for (int64_t r = size - 1; r >= 0; --r) {
+        x[r] /= lower[r * size + r];
+        for (int64_t c = 0; c < r; ++c) x[c] -= lower[r * size + c] * x[r];
+    }
+}
+
+// Solve gram x = right for one row, with a unit diagonal by scaling and a ridge on it.
+bool solve_row(const float* gram, int64_t size, double ridge, double* matrix, double* x) {
+    double scale[256];
+    for (int64_t k = 0; k < size; ++k) scale[k] = gram[k * size + k] > 0 ? 1 / std::sqrt(double(gram[k * size + k])) : 0;
+    for (int64_t r = 0; r < size; ++r) {
+        for (int64_t c = 0; c < r; ++c) matrix[r * size + c] = scale[r] * gram[r * size + c] * scale[c];
+        matrix[r * size + r] = scale[r] > 0 ? 1 + ridge : 1;
+    }
+    if (!factorise(matrix, size)) return false;
+    for (int64_t k = 0; k < size; ++k) x[k] *= scale[k];
+    solve_factored(matrix, size, x);
+    for (int64_t k = 0; k < size; ++k) x[k] *= scale[k];
+    return true;
+}
+
+}  // namespace
+
+// Solve gram x = right for every row; `solution` (rows, levels) holds the right sides. Rows whose matrix is indefinite
+// try a stronger ridge up to `attempts` times. Returns how many rows could not be solved. `scratch` holds levels^2
+// doubles for each thread.
+SOLVER_API int64_t solver_solve(const float* gram, int64_t rows, int64_t levels, double ridge, double growth,
+                                int64_t attempts, double* solution, double* scratch, int threads) {
+    int64_t failed = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : failed)
+    for (int64_t row = 0; row < rows; ++row) {
+        double strength = ridge;
+        int64_t attempt = 0;
+        double* matrix = scratch + omp_get_thread_num() * levels * levels;
+        while (attempt < attempts &&
+               !solve_row(gram + row * levels * levels, levels, strength, matrix, solution + row * levels)) {
+            strength *= growth;
+            ++attempt;
+        }
+        failed += attempt == attempts;
+    }
+    return failed;
+}

@@ -1,0 +1,298 @@
+"""Native stages of the solvers on the CPU, in float32; k-means is in float64.
+
+Operands are plain tensors; what they mean is told where the same stage is written in PyTorch, in `quantlab.solvers`.
+Every function needs the library: ask `usable` first. Each output row is computed by itself, in an order that depends
+neither on its neighbours nor on the number of threads, so results are equal bit for bit.
+
+Kernels work on tiles of `LANES` output rows. Codebooks are brought into that form by `quantlab_kernels.solver_tiles`.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from quantlab_kernels.solver_library import LIBRARY, BlockOperands, DescentOperands, SweepOperands
+from quantlab_kernels.solver_tiles import LANES, TiledCodebooks
+
+MAX_BLOCK = 64
+"""Largest block of `descend_in_blocks`."""
+_DESCEND, _ROUND, _RELAX = range(3)
+
+
+def usable(*operands: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the library can take these operands: all on the CPU in this dtype, and the library is there."""
+    suitable = all(operand.device.type == "cpu" and operand.dtype == dtype for operand in operands)
+    return suitable and LIBRARY.get() is not None
+
+
+class SweepProblem:
+    """A weight and the factor of its Hessian, ready for triangular sweeps.
+
+    Args:
+        weight: (out_features, in_features).
+        columns: (in_features,) int64, the inputs in the order of the factor; the last is rounded first.
+        feedback: (in_features, in_features), unit lower triangular, columns contiguous.
+        energy: (in_features,), in the order of the factor: what the squared distance from target to level counts.
+        shift: (in_features,), in the order of the factor: what a squared error counts.
+    """
+
+    def __init__(self, weight: Tensor, columns: Tensor, feedback: Tensor, energy: Tensor, shift: Tensor) -> None:
+        self.shape = weight.shape
+        # The operands point into these tensors.
+        self._tensors = (weight.contiguous(), columns.contiguous(), feedback.T.contiguous(), energy, shift)
+        self._operands = SweepOperands(*(tensor.data_ptr() for tensor in self._tensors), *weight.shape)
+        self.codes = torch.empty(weight.shape, dtype=torch.uint8)
+        self.loss = torch.zeros(len(weight), dtype=torch.float64)
+
+    def sweep(self, books: TiledCodebooks) -> Tensor:
+        """Choose all codes; returns the error, (out_features, in_features)."""
+        threads = torch.get_num_threads()
+        error = torch.empty(self.shape)
+        scratch = torch.empty(threads, self.shape[1], LANES)
+        _library().solver_sweep(
+            self._operands, books.operands(), *_pointers(self.codes, error, self.loss, scratch), threads
+        )
+        return error
+
+
+class BlockwiseSweep(SweepProblem):
+    """A sweep that stops before each block, so that its codebook can be chosen there; blocks come last to first."""
+
+    def __init__(self, weight: Tensor, columns: Tensor, feedback: Tensor, energy: Tensor, shift: Tensor) -> None:
+        super().__init__(weight, columns, feedback, energy, shift)
+        self._tiles = torch.empty(-(-len(weight) // LANES), weight.shape[1], LANES)
+        _library().solver_load_tiles(self._operands, self._tiles.data_ptr(), torch.get_num_threads())
+
+    def targets(self, start: int, end: int) -> Tensor:
+        """The weights of a block, shifted by the errors behind it: (tiles, columns, LANES)."""
+        targets = torch.empty(len(self._tiles), end - start, LANES)
+        _library().solver_block_targets(
+            self._operands, start, end, *_pointers(self._tiles, targets), torch.get_num_threads()
+        )
+        return targets
+
+    def round(self, start: int, end: int, targets: Tensor, books: TiledCodebooks) -> None:
+        """Choose the codes of a block for the targets that `targets` gave; they are overwritten."""
+        chosen = torch.empty(targets.shape, dtype=torch.uint8)
+        _library().solver_round_block(
+            self._operands,
+            books.operands(),
+            start,
+            end,
+            *_pointers(self._tiles, targets, chosen, self.codes, self.loss),
+            torch.get_num_threads(),
+        )
+
+    def error(self) -> Tensor:
+        """The error after the last block: (out_features, in_features)."""
+        error = torch.empty(self.shape)
+        _library().solver_store_tiles(self._operands, *_pointers(self._tiles, error), torch.get_num_threads())
+        return error
+
+
+def descend(
+    weight: Tensor,
+    codes: Tensor,
+    error: Tensor,
+    hessian: Tensor,
+    order: Tensor,
+    books: TiledCodebooks,
+    *,
+    sweeps: int,
+    closer: float,
+) -> Tensor:
+    """Passes of coordinate descent over `codes` and `error`, both (out_features, in_features), in place.
+
+    A code changes if the new error is nearer to the wanted one by the factor `closer`. Passes over rows that share a
+    tile end when one changes nothing.
+
+    Returns:
+        (out_features,) float64, how far the losses fell.
+    """
+    return _descend(_DESCEND, hessian, order, codes, error, weight=weight, books=books, sweeps=sweeps, closer=closer)
+
+
+def round_descending(weight: Tensor, error: Tensor, hessian: Tensor, order: Tensor, books: TiledCodebooks) -> Tensor:
+    """One pass that rounds every input at its minimum and changes `error` in place; returns the codes."""
+    codes = torch.empty(error.shape, dtype=torch.uint8)
+    _descend(_ROUND, hessian, order, codes, error, weight=weight, books=books)
+    return codes
+
+
+def relax(error: Tensor, hessian: Tensor, order: Tensor) -> None:
+    """One pass without rounding, which changes `error` in place."""
+    _descend(_RELAX, hessian, order, None, error)
+
+
+def descend_in_blocks(
+    weight: Tensor,
+    codes: Tensor,
+    error: Tensor,
+    hessian: Tensor,
+    order: Tensor,
+    within: Tensor,
+    feedback: Tensor,
+    precision: Tensor,
+    books: TiledCodebooks,
+) -> Tensor:
+    """One pass of block descent over `codes` and `error`, both (out_features, in_features), in place.
+
+    Args:
+        weight: (out_features, in_features).
+        codes: to improve.
+        error: the weight minus what the codes stand for.
+        hessian: (in_features, in_features).
+        order: (visited,) int64, the inputs block by block; in each block the last is rounded first.
+        within: (blocks, size, size), the Hessian of each block; `size` at most `MAX_BLOCK`.
+        feedback: (blocks, size, size), the factor of each block, unit lower triangular.
+        precision: (visited,), in the given order, 1 over the squares of the factors' pivots.
+        books: what the codes select from.
+
+    Returns:
+        (out_features,) float64, by how much the losses changed: zero or negative.
+    """
+    threads = torch.get_num_threads()
+    gained = torch.zeros(len(weight), dtype=torch.float64)
+    tensors = [weight, hessian, order, within, feedback, feedback.mT, precision]
+    tensors = [tensor.contiguous() for tensor in tensors]
+    operands = BlockOperands(*_pointers(*tensors), *weight.shape, len(order), within.shape[1])
+    scratch = torch.empty(threads * _library().solver_blocks_scratch(weight.shape[1]), dtype=torch.uint8)
+    _library().solver_descend_in_blocks(operands, books.operands(), *_pointers(codes, error, gained, scratch), threads)
+    return gained
+
+
+def multiply_symmetric(matrix: Tensor, hessian: Tensor) -> Tensor:
+    """(rows, in_features) times a symmetric (in_features, in_features)."""
+    threads = torch.get_num_threads()
+    matrix, hessian = matrix.contiguous(), hessian.contiguous()
+    product = torch.empty(matrix.shape)
+    operands = _pointers(matrix, hessian)
+    scratch = _descent_scratch(matrix.shape[1], threads)
+    _library().solver_multiply(*operands, *matrix.shape, *_pointers(product, scratch), threads)
+    return product
+
+
+def level_gram(codes: Tensor, hessian: Tensor, levels: int) -> Tensor:
+    """Sums of H over pairs of codes: (rows, levels, levels) for codes (rows, in_features) uint8 below `levels`."""
+    library, threads = _library(), torch.get_num_threads()
+    rows, in_features = codes.shape
+    codes, hessian = codes.contiguous(), hessian.contiguous()
+    triangle = torch.empty(library.solver_triangle_floats(in_features))
+    library.solver_pack_triangle(hessian.data_ptr(), in_features, triangle.data_ptr(), threads)
+    gram = torch.empty(rows, levels, levels)
+    scratch = torch.empty(threads * library.solver_gram_scratch(in_features, levels), dtype=torch.uint8)
+    operands = (*_pointers(codes, triangle), rows, in_features, levels)
+    library.solver_gram(*operands, *_pointers(gram, scratch), threads)
+    return gram
+
+
+def solve_levels(gram: Tensor, right: Tensor, *, ridge: float, growth: float, attempts: int) -> tuple[Tensor, int]:
+    """Solve M x = right for every row, as `quantlab.solvers.codebook` does: scaled to a unit diagonal, with a ridge.
+
+    Args:
+        gram: M, (rows, levels, levels) float32.
+        right: (rows, levels) float64.
+        ridge: added to the scaled diagonal.
+        growth: factor of the ridge for the next attempt, for rows whose matrix is indefinite.
+        attempts: how many.
+
+    Returns:
+        x, (rows, levels) float64, and how many rows could not be solved.
+    """
+    threads, (rows, levels) = torch.get_num_threads(), right.shape
+    gram, solution = gram.contiguous(), right.clone(memory_format=torch.contiguous_format)
+    scratch = torch.empty(threads, levels, levels, dtype=torch.float64)
+    operands = (gram.data_ptr(), rows, levels, ridge, growth, attempts, *_pointers(solution, scratch), threads)
+    return solution, _library().solver_solve(*operands)
+
+
+def sums_by_code(codes: Tensor, values: Tensor, levels: int) -> Tensor:
+    """Sums of values (rows, in_features) over inputs with the same code: (rows, levels) float64."""
+    codes, values = codes.contiguous(), values.contiguous()
+    sums = torch.empty(len(codes), levels, dtype=torch.float64)
+    _library().solver_sums_by_code(
+        *_pointers(codes, values), *codes.shape, levels, sums.data_ptr(), torch.get_num_threads()
+    )
+    return sums
+
+
+def select_levels(codes: Tensor, levels: Tensor) -> Tensor:
+    """What codes (rows, in_features) stand for in tables (rows, levels): (rows, in_features) float32."""
+    return _look_up("solver_select_levels", codes, levels)
+
+
+def relabel(codes: Tensor, labels: Tensor) -> Tensor:
+    """New codes for old: `labels` are (rows, levels) uint8."""
+    return _look_up("solver_relabel", codes, labels)
+
+
+def lloyd(values: Tensor, mass: Tensor, moment: Tensor, centers: Tensor, iterations: int) -> Tensor:
+    """Lloyd's algorithm on every row, in float64.
+
+    Args:
+        values: (rows, values), ascending.
+        mass: (rows, values + 1), prefix sums of the weights from the left.
+        moment: (rows, values + 1), prefix sums of the weighted values.
+        centers: (rows, levels), ascending, to start from.
+        iterations: upper limit.
+
+    Returns:
+        (rows, levels), the centers where nothing changes any more or the iterations end.
+    """
+    values, mass, moment = values.contiguous(), mass.contiguous(), moment.contiguous()
+    found = centers.clone(memory_format=torch.contiguous_format)
+    shape = (*values.shape, centers.shape[1], iterations)
+    _library().solver_lloyd(*_pointers(values, mass, moment), *shape, found.data_ptr(), torch.get_num_threads())
+    return found
+
+
+def _look_up(function: str, codes: Tensor, table: Tensor) -> Tensor:
+    codes, table = codes.contiguous(), table.contiguous()
+    found = torch.empty(codes.shape, dtype=table.dtype)
+    operands = (*_pointers(codes, table), *codes.shape, table.shape[1], found.data_ptr())
+    getattr(_library(), function)(*operands, torch.get_num_threads())
+    return found
+
+
+def _descend(
+    mode: int,
+    hessian: Tensor,
+    order: Tensor,
+    codes: Tensor | None,
+    error: Tensor,
+    *,
+    weight: Tensor | None = None,
+    books: TiledCodebooks | None = None,
+    sweeps: int = 1,
+    closer: float = 1.0,
+) -> Tensor:
+    threads = torch.get_num_threads()
+    diagonal = hessian.diagonal()
+    inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
+    hessian, order = hessian.contiguous(), order.contiguous()
+    weight = error if weight is None else weight.contiguous()
+    pointers = _pointers(weight, hessian, order, inverse)
+    operands = DescentOperands(*pointers, *error.shape, sweeps, mode, closer)
+    gain = torch.empty(len(error), dtype=torch.float64)
+    scratch = _descent_scratch(error.shape[1], threads)
+    changed = (None if codes is None else codes.data_ptr(), error.data_ptr())
+    _library().solver_descend(
+        operands, None if books is None else books.operands(), *changed, *_pointers(gain, scratch), threads
+    )
+    return gain
+
+
+def _descent_scratch(in_features: int, threads: int) -> Tensor:
+    return torch.empty(threads * _library().solver_descent_scratch(in_features), dtype=torch.uint8)
+
+
+def _pointers(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def _library() -> ctypes.CDLL:
+    library = LIBRARY.get()
+    if library is None:
+        raise RuntimeError("the native solver library is not available; ask quantlab_kernels.solver.usable first")
+    return library

@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from quantlab_kernels import cuda_library
+from quantlab_kernels.build import BuildError
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    def pretend(*capabilities):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+
+    return pretend
+
+
+def test_code_is_compiled_for_the_visible_devices_alone(devices):
+    devices((9, 0), (7, 5), (8, 6), (9, 0))
+    recipe = cuda_library.LIBRARY._recipe()
+    assert recipe.name == "cuda-sm86-90"
+    assert [flag for flag in recipe.command if flag.startswith("arch=")] == [
+        "arch=compute_86,code=sm_86",
+        "arch=compute_90,code=sm_90",
+    ]
+
+
+def test_device_that_is_too_old_has_a_message(devices):
+    devices((7, 5))
+    with pytest.raises(BuildError, match=r"compute capability \(8, 0\) or newer; found \[\(7, 5\)\]"):
+        cuda_library.LIBRARY._recipe()
+
+
+def test_every_source_and_header_counts_for_the_cache():
+    recipe = cuda_library.cuda_recipe(["80"])
+    files = {path for path in cuda_library.SOURCE_FOLDER.rglob("*") if path.is_file()}
+    assert {*recipe.sources, *recipe.headers} == files
+
+
+@pytest.mark.parametrize("operation", ["lut_matmul", "lut_matmul_prepared"])
+def test_operations_have_kernels_for_cuda(operation):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"quantlab::{operation}", "CUDA")
