@@ -9,13 +9,14 @@ layer's output, where e = w - ŵ (arXiv:2501.12956, Eq. 3). Two steps alternate:
 The codebook step never raises the loss. The assignment step can, because it is greedy: so the best pair that a row
 has met is kept, row by row, judged by the undamped Hessian.
 
-Unlike the published algorithm, the assignment step ends by default with passes of coordinate descent over its codes
-(`quantlab.solvers.descent`): the sweep commits to each code while later ones are still open, descent sees them all.
+By default we go beyond the published algorithm. Several first tables are tried. The assignment step ends with block
+descent (`quantlab.solvers.blocks`): the sweep commits to each code while later ones are still open, block descent sees
+them all. And once the alternation has found a good region, rounds of block descent and codebook step only descend.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,29 +29,65 @@ from quantlab.api import (
     QuantizedLayer,
     QuantizerInfo,
     Statistic,
-    layer_loss,
 )
-from quantlab.solvers.codebook import Codebooks, refit_codebook
-from quantlab.solvers.descent import descend
-from quantlab.solvers.kmeans import kmeans_levels
-from quantlab.solvers.nearest import LutRounder, with_dead_rounded
-from quantlab.solvers.options import check_at_least_one, check_choice, check_finite_and_not_negative
-from quantlab.solvers.order import ColumnOrder, processing_order
+from quantlab.solvers.nearest import with_dead_rounded
+from quantlab.solvers.options import (
+    check_at_least_one,
+    check_choice,
+    check_finite_and_not_negative,
+    check_fraction,
+    check_not_negative,
+)
+from quantlab.solvers.order import ColumnOrder, inverse_order, processing_order
+from quantlab.solvers.outliers import as_outliers, largest
 from quantlab.solvers.request import check_request, with_loss, working_dtype
-from quantlab.solvers.sweep import SweepFactor, factor_for_sweep, sweep
+from quantlab.solvers.sweep import factor_for_sweep
+from quantlab_ganq.alternation import Alternation, Candidate, Keep, best_of
+from quantlab_ganq.conditioning import Preconditioner, diagonally_dominant_factor, shrunk
+from quantlab_ganq.outliers import Corrections, OutlierSelection, tails
+from quantlab_ganq.starts import published_table, target_table, weight_table
 
-_KMEANS_ITERATIONS = 50
+Start = Literal["kmeans", "screened", "published"]
+
+_PAPER: dict[str, object] = {
+    "iterations": 10,
+    "column_order": "natural",
+    "damping": 0.01,
+    "preconditioner": "damping",
+    "shrinkage": False,
+    "start": "kmeans",
+    "block_passes": 0,
+    "polish_rounds": 0,
+    "keep": "row",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GanqQuantizer:
     """Per-row look-up tables by alternating minimisation of the layer loss.
 
+    Preset "best" is the default. "paper" is the published algorithm, with 1% damping and k-means for the first table.
+    "published_code" has the first tables and the preconditioner of the authors' code, too; it takes 3 and 4 bits.
+
     Attributes:
         iterations: pairs of assignment and codebook step.
         column_order: "hessian_diagonal" quantizes strong inputs first, "natural" from last to first as published.
         damping: fraction of the mean diagonal added to the Hessian in the triangular sweep, and only there.
-        cd_sweeps: passes of coordinate descent that end each assignment step; 0 as published.
+        preconditioner: "damping" as above. "diagonal_dominance" adds to each diagonal entry what makes it as large as
+            the magnitudes of the rest of its row together, and reads no damping; it takes most of the feedback away.
+        shrinkage: pull the off-diagonal entries of the Hessian towards zero where there are few tokens per input:
+            what they say about correlations is then mostly chance.
+        start: the first table. "kmeans" of the weights. "screened" tries three, one iteration each, and goes on with
+            the best for each row: k-means of the weights, weighted by their inputs' mean squares, and two of the
+            sweep's targets, weighted by its pivots and by their squares. "published" has fixed places in the range
+            (4 bits) or among the quantiles (3 bits).
+        block_passes: passes of block descent that end each assignment step; 0 as published.
+        polish_rounds: block descent and codebook step after the alternation, from the best answers; then the codes
+            descend once more on the table as float16 stores it. 0 leaves out both.
+        keep: "row" keeps the best iterate of every row, "layer" that of the whole layer, as published.
+        outlier_fraction: share of each row's weights that get a sparse correction (GANQ*).
+        outlier_selection: "tails" takes both ends of each row. "cost" takes the weights that cost most when the row
+            is quantized without outliers.
     """
 
     info: ClassVar[QuantizerInfo] = QuantizerInfo(
@@ -59,64 +96,112 @@ class GanqQuantizer:
         paper="arXiv:2501.12956",
         bits=frozenset(range(MIN_BITS, MAX_BITS + 1)),
         needs=frozenset({Statistic.HESSIAN}),
-        presets={"paper": {"iterations": 10, "column_order": "natural", "damping": 0.01, "cd_sweeps": 0}},
+        presets={
+            "best": {},
+            "paper": _PAPER,
+            "published_code": {
+                **_PAPER,
+                "preconditioner": "diagonal_dominance",
+                "start": "published",
+                "keep": "layer",
+            },
+        },
     )
 
-    iterations: int = 10
+    iterations: int = 5
     column_order: ColumnOrder = "hessian_diagonal"
     damping: float = 0.01
-    cd_sweeps: int = 2
+    preconditioner: Preconditioner = "damping"
+    shrinkage: bool = True
+    start: Start = "screened"
+    block_passes: int = 2
+    polish_rounds: int = 10
+    keep: Keep = "row"
+    outlier_fraction: float = 0.0
+    outlier_selection: OutlierSelection = "tails"
 
     def __post_init__(self) -> None:
-        check_choice("column_order", self.column_order, ColumnOrder)
         check_at_least_one("iterations", self.iterations)
+        check_choice("column_order", self.column_order, ColumnOrder)
         check_finite_and_not_negative("damping", self.damping)
-        if self.cd_sweeps < 0:
-            raise ValueError(f"cd_sweeps={self.cd_sweeps} must not be negative")
+        check_choice("preconditioner", self.preconditioner, Preconditioner)
+        check_choice("start", self.start, Start)
+        check_not_negative("block_passes", self.block_passes)
+        check_not_negative("polish_rounds", self.polish_rounds)
+        check_choice("keep", self.keep, Keep)
+        check_fraction("outlier_fraction", self.outlier_fraction)
+        check_choice("outlier_selection", self.outlier_selection, OutlierSelection)
+        info = self.info
+        if self.start == "published":
+            info = replace(info, bits=frozenset({3, 4}))
+        if self.keep == "layer":
+            info = replace(info, row_independent=False)
+        object.__setattr__(self, "info", info)  # the way past a frozen dataclass
 
     def quantize(self, problem: LayerProblem) -> QuantizedLayer:
         """Quantize one layer; diagnostics are its loss and the damping needed, a fallback if more than asked for."""
         check_request(problem, self.info)
+        layer = self._prepare(problem)
+        corrections = self._first_corrections(layer, problem.spec.levels)
+        layer = replace(layer, weight=layer.weight - corrections.sparse)
+        best = best_of(self._candidates(layer, problem.spec.levels), self.keep)
+        for _ in range(self.polish_rounds):
+            layer, best = corrections.refit(layer, best)
+            best = layer.polish(best)
+        codes = layer.settled_codes(best.fitted) if self.polish_rounds else best.fitted.codes
+        lut = Lut(values=best.fitted.levels[:, None].float())
+        codes = with_dead_rounded(codes, layer.weight, lut, layer.hessian)
+        corrections.refit(layer, replace(best, fitted=replace(best.fitted, codes=codes)))
+        answer = QuantizedLayer(codes=codes, codebook=lut, outliers=as_outliers(corrections.sparse))
+        return with_loss(answer, problem, **layer.factor.diagnostics())
+
+    def _prepare(self, problem: LayerProblem) -> Alternation:
         hessian = problem.require_hessian()
         weight = problem.weight.to(working_dtype(problem.weight, hessian))
+        if self.shrinkage and problem.statistics is not None:
+            hessian = shrunk(hessian, problem.statistics.num_tokens)
         order = processing_order(hessian, self.column_order, backwards=True)
-        factor = factor_for_sweep(hessian, order, self.damping, weight.dtype)
-        start = _initial_levels(weight, hessian, problem.spec.levels)
-        best = _best_per_row(self._iterates(weight, hessian, order, factor, start), weight, hessian)
-        lut = Lut(values=best.levels[:, None].float())
-        layer = QuantizedLayer(codes=with_dead_rounded(best.codes, weight, lut, hessian), codebook=lut)
-        return with_loss(layer, problem, **factor.diagnostics())
-
-    def _iterates(
-        self, weight: Tensor, hessian: Tensor, order: Tensor, factor: SweepFactor, levels: Tensor
-    ) -> Iterator[Codebooks]:
-        hessian = hessian.to(weight.dtype)
-        for _ in range(self.iterations):
-            nearest = LutRounder(Lut(values=levels[:, None]), weight.shape[1])
-            assignment = sweep(weight, factor, nearest)
-            assignment = descend(weight, assignment, hessian, order, nearest, sweeps=self.cd_sweeps)
-            refitted = refit_codebook(levels, assignment.codes, assignment.error, hessian)
-            levels = refitted.levels
-            yield refitted
-
-
-def _initial_levels(weight: Tensor, hessian: Tensor, levels: int) -> Tensor:
-    """k-means of each row's weights, without those whose input is dead: they would attract levels for nothing."""
-    live = hessian.diagonal() > 0
-    return kmeans_levels(weight[:, live] if live.any() else weight, levels, _KMEANS_ITERATIONS)
-
-
-def _best_per_row(iterates: Iterator[Codebooks], weight: Tensor, hessian: Tensor) -> Codebooks:
-    """The iterate with the smallest undamped loss, for every row by itself; the first one on a tie."""
-    hessian = hessian.double()
-    best = next(iterates)
-    best_loss = layer_loss(weight, best.dequantize(), hessian)
-    for candidate in iterates:
-        loss = layer_loss(weight, candidate.dequantize(), hessian)
-        better = (loss < best_loss)[:, None]
-        best = Codebooks(
-            levels=torch.where(better, candidate.levels, best.levels),
-            codes=torch.where(better, candidate.codes, best.codes),
+        if self.preconditioner == "diagonal_dominance":
+            factor = diagonally_dominant_factor(hessian, order, weight.dtype)
+        else:
+            factor = factor_for_sweep(hessian, order, self.damping, weight.dtype)
+        generator = torch.Generator().manual_seed(problem.seed)
+        return Alternation(
+            weight=weight, hessian=hessian.to(weight.dtype), order=order, factor=factor, generator=generator
         )
-        best_loss = torch.minimum(loss, best_loss)
-    return best
+
+    def _first_corrections(self, layer: Alternation, levels: int) -> Corrections:
+        if self.outlier_fraction == 0:
+            return Corrections(None, torch.zeros_like(layer.weight))
+        if self.outlier_selection == "tails":
+            support = tails(layer.weight, self.outlier_fraction)
+            return Corrections(support, torch.where(support, layer.weight, 0.0))
+        pilot = best_of(self._candidates(layer, levels), self.keep).fitted
+        support = largest(layer.loss_terms(pilot.levels), self.outlier_fraction)
+        return Corrections(support, torch.where(support, layer.weight - pilot.dequantize(), 0.0))
+
+    def _candidates(self, layer: Alternation, levels: int) -> Iterator[Candidate]:
+        if self.start != "screened":
+            yield from layer.iterate(self._table(layer, levels), self.iterations, self.block_passes)
+            return
+        screened = [
+            candidate
+            for table in _screened_tables(layer, levels)
+            for candidate in layer.iterate(table, 1, self.block_passes)
+        ]
+        yield from screened
+        best = best_of(screened, self.keep)
+        yield from layer.iterate(best.fitted.levels, self.iterations - 1, self.block_passes)
+
+    def _table(self, layer: Alternation, levels: int) -> Tensor:
+        if self.start == "published":
+            return published_table(layer.weight, levels, with_outliers=self.outlier_fraction > 0)
+        return weight_table(layer.weight, levels, (layer.hessian.diagonal() > 0).to(layer.weight.dtype))
+
+
+def _screened_tables(layer: Alternation, levels: int) -> Iterator[Tensor]:
+    strength = layer.hessian.diagonal()
+    yield weight_table(layer.weight, levels, strength)
+    pivots = torch.where(strength > 0, layer.factor.pivots[inverse_order(layer.factor.columns)].to(strength), 0.0)
+    for importance in (pivots, pivots.square()):
+        yield target_table(layer.weight, levels, layer.factor, importance)

@@ -1,8 +1,7 @@
-"""Dynamic groups: each group's grid is fitted when the sweep arrives there, to the targets that it finds."""
+"""Dynamic groups: each group's grid is fitted when the sweep arrives there, to the weights that it finds."""
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from quantlab.api import UniformGrid
@@ -13,34 +12,26 @@ GridFit = Callable[[Tensor, Tensor], UniformGrid]
 
 
 class DynamicGroups:
-    """Rounds columns of a sweep whose blocks are the groups, each on a grid of its own.
+    """The grids of a layer in the course of a sweep whose blocks are the groups.
 
     Args:
         fit: makes the grids of a group.
+        grid: one grid per row and group, overwritten by those that are fitted.
         group_size: inputs per group.
+
+    Attributes:
+        nearest: rounds by the grids as they are now.
     """
 
-    def __init__(self, fit: GridFit, group_size: int) -> None:
+    def __init__(self, fit: GridFit, grid: UniformGrid, group_size: int) -> None:
         self._fit = fit
+        self._grid = grid
         self._group_size = group_size
-        self._grids: dict[int, UniformGrid] = {}
-        self._rounders: dict[int, GridRounder] = {}
+        self.nearest = GridRounder(grid, group_size * grid.scale.shape[1])
 
     def enter(self, columns: Tensor, targets: Tensor) -> None:
         """Fit the grid of the group that owns these columns to their targets, (out_features, columns)."""
         group = int(columns[0]) // self._group_size
-        self._grids[group] = self._fit(targets, columns)
-        self._rounders[group] = GridRounder(self._grids[group], self._group_size)
-
-    def __call__(self, column: int, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Round the (out_features,) targets of a column: their codes and the levels that the codes select."""
-        return self._rounders[column // self._group_size](column % self._group_size, targets)
-
-    def grid(self) -> UniformGrid:
-        """The grids of all groups, in their natural order."""
-        grids = [self._grids[group] for group in sorted(self._grids)]
-        return UniformGrid(
-            scale=torch.cat([grid.scale for grid in grids], dim=1),
-            zero=torch.cat([grid.zero for grid in grids], dim=1),
-            bits=grids[0].bits,
-        )
+        fitted = self._fit(targets, columns)
+        self._grid.scale[:, group], self._grid.zero[:, group] = fitted.scale.squeeze(1), fitted.zero.squeeze(1)
+        self.nearest.replace_group(group, fitted)

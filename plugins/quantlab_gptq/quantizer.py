@@ -90,9 +90,13 @@ class GptqQuantizer:
         self, weight: Tensor, hessian: Tensor, factor: SweepFactor, bits: int, group_size: int
     ) -> tuple[UniformGrid, Assignment]:
         diagonal, per_row = hessian.diagonal(), CodebookSpec(bits=bits)
-        groups = DynamicGroups(lambda targets, columns: self._fit(targets, per_row, diagonal[columns]), group_size)
-        assignment = sweep(weight, factor, groups, block_size=group_size, enter_block=groups.enter)
-        return groups.grid(), assignment
+        unknown = weight.new_ones(len(weight), weight.shape[1] // group_size)
+        grid = UniformGrid(scale=unknown, zero=unknown.clone(), bits=bits)
+        groups = DynamicGroups(
+            lambda targets, columns: self._fit(targets, per_row, diagonal[columns]), grid, group_size
+        )
+        assignment = sweep(weight, factor, groups.nearest, block_size=group_size, enter_block=groups.enter)
+        return grid, assignment
 
     def _fit(self, weight: Tensor, spec: CodebookSpec, hessian_diagonal: Tensor) -> UniformGrid:
         return fit_grid(weight, spec, self.clip_search, hessian_diagonal=hessian_diagonal)

@@ -39,6 +39,7 @@ class LeanquantQuantizer:
         paper="arXiv:2407.10032",
         bits=frozenset(range(MIN_BITS, MAX_BITS + 1)),
         needs=frozenset({Statistic.HESSIAN}),
+        presets={"paper": {"exponent": 4.0, "damping": 0.01, "column_order": "hessian_diagonal"}},
     )
 
     exponent: float = 4.0

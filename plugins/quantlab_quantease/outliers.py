@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quantlab.api import Outliers
+from quantlab.solvers.outliers import largest
 
 OutlierKind = Literal["none", "unstructured", "structured"]
 
@@ -36,8 +36,7 @@ class OutlierSupport:
     def keep_largest(self, values: Tensor) -> Tensor:
         """P: the largest entries or columns of (out_features, in_features) values; the others become zero."""
         strength = values.square().sum(dim=0) if self._structured else values.abs().flatten()
-        kept = torch.zeros_like(strength, dtype=torch.bool)
-        kept[strength.topk(round(self._fraction * strength.numel())).indices] = True
+        kept = largest(strength, self._fraction)
         return torch.where(kept if self._structured else kept.view(values.shape), values, 0.0)
 
     def without(self, weight: Tensor, group_size: int | None) -> Tensor:
@@ -93,11 +92,3 @@ def largest_eigenvalue_bound(hessian: Tensor) -> float:
         power = power / norm
         power = power @ power
     return bound
-
-
-def as_outliers(sparse: Tensor) -> Outliers | None:
-    """The entries of S that are not zero, as they are stored; None if there is none."""
-    rows, columns = sparse.nonzero(as_tuple=True)
-    if not len(rows):
-        return None
-    return Outliers(rows=rows, columns=columns, values=sparse[rows, columns].float())

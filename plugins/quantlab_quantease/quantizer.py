@@ -9,14 +9,14 @@ from typing import ClassVar, Literal
 
 from quantlab.api import MAX_BITS, MIN_BITS, LayerProblem, QuantizedLayer, QuantizerInfo, Statistic
 from quantlab.solvers.grid import as_stored, minmax_grid
-from quantlab.solvers.nearest import GridRounder
-from quantlab.solvers.options import check_at_least_one, check_choice
+from quantlab.solvers.options import check_at_least_one, check_choice, check_fraction
 from quantlab.solvers.order import ColumnOrder, processing_order
+from quantlab.solvers.outliers import as_outliers
 from quantlab.solvers.request import check_request, with_loss, working_dtype
-from quantlab_quantease.outliers import OutlierKind, OutlierSupport, as_outliers
+from quantlab_quantease.outliers import OutlierKind, OutlierSupport
 from quantlab_quantease.state import DescentState
 
-Start = Literal["float", "gptq"]
+Start = Literal["float", "gptq", "rtn"]
 
 _RELAXATION_PERIOD = 3
 _LAST_RELAXATION = 25
@@ -34,7 +34,7 @@ class QuanteaseQuantizer:
         iterations: passes over all inputs; after a start from GPTQ, 2 are customary.
         column_order: "natural" visits inputs from first to last, "hessian_diagonal" strong ones first.
         start: "float" begins at the original weights and leaves out rounding in passes 1, 4, 7, ..., 25, counted from
-            0, unless they are the last. "gptq" begins at the answer of GPTQ and only descends from there.
+            0, unless they are the last. "gptq" and "rtn" begin at the answers of these methods and only descend.
         outliers: "unstructured" corrects single weights, "structured" whole columns, "none" nothing.
         outlier_fraction: share of the weights, or of the columns, that are corrected; not read without outliers.
     """
@@ -60,8 +60,7 @@ class QuanteaseQuantizer:
         check_at_least_one("iterations", self.iterations)
         check_choice("start", self.start, Start)
         check_choice("outliers", self.outliers, OutlierKind)
-        if not 0 <= self.outlier_fraction <= 1:
-            raise ValueError(f"outlier_fraction={self.outlier_fraction} must be between 0 and 1")
+        check_fraction("outlier_fraction", self.outlier_fraction)
         if self.outliers != "none":
             # The way past a frozen dataclass.
             object.__setattr__(self, "info", replace(self.info, row_independent=False))
@@ -74,7 +73,7 @@ class QuanteaseQuantizer:
         support = OutlierSupport(self.outliers, self.outlier_fraction)
         grid = minmax_grid(support.without(weight, problem.spec.group_size), problem.spec)
         order = processing_order(hessian, self.column_order, backwards=False)
-        state = DescentState(weight, hessian, order, GridRounder(grid, problem.in_features), support)
+        state = DescentState(weight, hessian, order, grid, support)
         diagnostics = self._start(state)
         for iteration in range(self.iterations):
             if self._leaves_out_rounding(iteration):
@@ -87,7 +86,11 @@ class QuanteaseQuantizer:
         return with_loss(layer, problem, **diagnostics)
 
     def _start(self, state: DescentState) -> dict[str, float]:
-        return {} if self.start == "float" else state.start_from_gptq(_GPTQ_DAMPING)
+        if self.start == "gptq":
+            return state.start_from_gptq(_GPTQ_DAMPING)
+        if self.start == "rtn":
+            state.start_from_rtn()
+        return {}
 
     def _leaves_out_rounding(self, iteration: int) -> bool:
         in_turn = iteration % _RELAXATION_PERIOD == 1 and iteration <= _LAST_RELAXATION

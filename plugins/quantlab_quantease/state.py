@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from quantlab.api import UniformGrid
 from quantlab.solvers.descent import descend, relax, round_descending
-from quantlab.solvers.nearest import ColumnRounder
+from quantlab.solvers.nearest import GridRounder, nearest_codes
 from quantlab.solvers.sweep import Assignment, factor_for_sweep, sweep
 from quantlab_quantease.outliers import OutlierSupport, largest_eigenvalue_bound, thresholding_step
 
@@ -16,7 +17,7 @@ class DescentState:
         weight: W, (out_features, in_features).
         hessian: (in_features, in_features), undamped, in the dtype of the weight.
         order: (in_features,) int64, the input visited first, second, and so on.
-        nearest: rounds to the grid.
+        grid: what the codes select from.
         support: what the corrections may be.
 
     Attributes:
@@ -25,12 +26,13 @@ class DescentState:
     """
 
     def __init__(
-        self, weight: Tensor, hessian: Tensor, order: Tensor, nearest: ColumnRounder, support: OutlierSupport
+        self, weight: Tensor, hessian: Tensor, order: Tensor, grid: UniformGrid, support: OutlierSupport
     ) -> None:
         self._weight = weight
         self._hessian = hessian
         self._order = order
-        self._nearest = nearest
+        self._grid = grid
+        self._nearest = GridRounder(grid, weight.shape[1])
         self._support = support
         self._largest_eigenvalue: float | None = None
         self._error = torch.zeros_like(weight)
@@ -43,6 +45,14 @@ class DescentState:
         factor = factor_for_sweep(self._hessian, self._order, damping, self._weight.dtype)
         self._accept(sweep(self._weight - self.sparse, factor, self._nearest))
         return factor.diagnostics()
+
+    def start_from_rtn(self) -> None:
+        """Round every weight to its nearest level."""
+        target = self._weight - self.sparse
+        codes = nearest_codes(target, self._grid)
+        grouped = codes.view(*self._grid.scale.shape, -1)
+        levels = (grouped - self._grid.zero[..., None]) * self._grid.scale[..., None]
+        self._accept(Assignment(codes=codes, error=target - levels.view(target.shape)))
 
     def round(self) -> None:
         """Visit every input once and put it on its best level; the loss does not rise if all were on levels."""

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from quantlab.api import MAX_BITS, MIN_BITS, LayerProblem, QuantizedLayer, QuantizerInfo
+from quantlab.api import MAX_BITS, MIN_BITS, LayerProblem, QuantizedLayer, QuantizerInfo, Statistic
 from quantlab.solvers.grid import ClipSearch, fit_grid, round_to_grid
 from quantlab.solvers.options import check_choice
-from quantlab.solvers.request import check_request, with_hessian
+from quantlab.solvers.request import check_request, needing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class RtnQuantizer:
     def __post_init__(self) -> None:
         check_choice("clip_search", self.clip_search, ClipSearch)
         if self.clip_search == "hessian":
-            object.__setattr__(self, "info", with_hessian(self.info))  # the way past a frozen dataclass
+            object.__setattr__(self, "info", needing(self.info, Statistic.HESSIAN))  # the way past a frozen dataclass
 
     def quantize(self, problem: LayerProblem) -> QuantizedLayer:
         """Round the weights of one layer."""

@@ -18,10 +18,12 @@ class DampedFactor:
     Attributes:
         lower: L, (in_features, in_features) float64, lower triangular with positive diagonal.
         damping: the fraction of the mean diagonal that was actually added.
+        added: (in_features,) float64, what was added to each entry of the diagonal.
     """
 
     lower: Tensor
     damping: float
+    added: Tensor
 
 
 def damped_cholesky(hessian: Tensor, damping: float) -> DampedFactor:
@@ -40,16 +42,18 @@ def damped_cholesky(hessian: Tensor, damping: float) -> DampedFactor:
     Raises:
         NumericalError: damping with the whole mean diagonal, or with `damping` if that is more, is not enough.
     """
-    damped = hessian.double().clone()
-    diagonal = damped.diagonal()
+    diagonal = hessian.diagonal().double()
     dead = diagonal == 0
     mean = 1.0 if dead.all() else diagonal[~dead].mean().item()
-    undamped_diagonal = torch.where(dead, mean, diagonal)
     for fraction in _ladder(damping):
-        diagonal.copy_(undamped_diagonal + fraction * mean)
-        lower, failed_minor = torch.linalg.cholesky_ex(damped)
+        # The factor takes the place of the matrix: in float64, every copy is twice as large as the Hessian.
+        lower = hessian.to(torch.float64, copy=True, memory_format=torch.contiguous_format).mT
+        added = mean * (dead.double() + fraction)
+        lower.diagonal().add_(added)
+        failed_minor = torch.empty((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed_minor))
         if failed_minor == 0:
-            return DampedFactor(lower=lower, damping=fraction)
+            return DampedFactor(lower=lower, damping=fraction, added=added)
     raise NumericalError(
         f"the {len(hessian)} x {len(hessian)} Hessian is not positive definite, not even with {fraction:g} times its "
         f"mean diagonal {mean:.3g} added; a mean of x xᵀ cannot be like that: check the calibration statistics"

@@ -19,9 +19,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantlab.solvers.nearest import ColumnRounder
+from quantlab.solvers.nearest import ColumnRounder, is_native
 from quantlab.solvers.order import inverse_order
 from quantlab.solvers.sweep import Assignment
+from quantlab_kernels import solver
 
 _MARGIN = 64
 """How much nearer than the present level a new one must be, in units of rounding: ties must not make codes cycle."""
@@ -39,7 +40,7 @@ def descend(
 ) -> Assignment:
     """Improve codes one at a time; the loss of no row rises, and a code changes only where its row's loss falls.
 
-    A dead input (zero on the diagonal of the Hessian) keeps its code.
+    A dead input (zero on the diagonal of the Hessian) keeps its code. The result has a loss if `start` has one.
 
     Args:
         weight: (out_features, in_features).
@@ -50,14 +51,22 @@ def descend(
         sweeps: upper limit of passes over all inputs; ends earlier when a pass changes nothing.
         block_size: inputs per block; changes speed and rounding, not the mathematics.
     """
+    closer = 1 - _MARGIN * torch.finfo(weight.dtype).eps
+    if is_native(nearest, weight, start.error, hessian):
+        codes, error = (matrix.clone(memory_format=torch.contiguous_format) for matrix in (start.codes, start.error))
+        operands = (weight, codes, error, hessian, order, nearest.tiled())
+        gain = solver.descend(*operands, sweeps=sweeps, closer=closer)
+        return Assignment(codes=codes, error=error, loss=None if start.loss is None else start.loss - gain)
     values, error, codes = (matrix.T[order] for matrix in (weight, start.error, start.codes))
     coupling, columns = _coupling(hessian, order), order.tolist()
-    closer = 1 - _MARGIN * torch.finfo(weight.dtype).eps
+    energy, gain = hessian.diagonal()[order].double().tolist(), torch.zeros_like(values[0], dtype=torch.float64)
 
     def settle(row: int, wanted: Tensor) -> Tensor:
         candidates, levels = nearest(columns[row], values[row] - wanted)
         candidate_error = values[row] - levels
-        better = (candidate_error - wanted).abs() < closer * (error[row] - wanted).abs()
+        before, after = (error[row] - wanted).abs(), (candidate_error - wanted).abs()
+        better = after < closer * before
+        gain.add_(torch.where(better, before.double().square() - after.double().square(), 0.0), alpha=energy[row])
         codes[row] = torch.where(better, candidates.to(torch.uint8), codes[row])
         return torch.where(better, candidate_error, error[row])
 
@@ -66,7 +75,7 @@ def descend(
         _visit_all(error, coupling, settle, block_size)
         if torch.equal(codes, before):
             break
-    return _in_natural_order(codes, error, order)
+    return _in_natural_order(codes, error, order, None if start.loss is None else start.loss - gain)
 
 
 def round_descending(
@@ -84,6 +93,9 @@ def round_descending(
         nearest: as for `descend`.
         block_size: as for `descend`.
     """
+    if is_native(nearest, weight, error, hessian):
+        error = error.clone(memory_format=torch.contiguous_format)
+        return Assignment(codes=solver.round_descending(weight, error, hessian, order, nearest.tiled()), error=error)
     values, error = weight.T[order], error.T[order]
     codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
     columns = order.tolist()
@@ -110,6 +122,10 @@ def relax(error: Tensor, hessian: Tensor, order: Tensor, *, block_size: int = 12
     Returns:
         (out_features, in_features), the error afterwards.
     """
+    if solver.usable(error, hessian):
+        error = error.clone(memory_format=torch.contiguous_format)
+        solver.relax(error, hessian, order)
+        return error
     error = error.T[order]
     _visit_all(error, _coupling(hessian, order), lambda row, wanted: wanted, block_size)
     return error[inverse_order(order)].T.contiguous()
@@ -138,6 +154,6 @@ def _visit_all(error: Tensor, coupling: Tensor, settle: Callable[[int, Tensor], 
             error[row] = settled
 
 
-def _in_natural_order(codes: Tensor, error: Tensor, order: Tensor) -> Assignment:
+def _in_natural_order(codes: Tensor, error: Tensor, order: Tensor, loss: Tensor | None = None) -> Assignment:
     natural = inverse_order(order)
-    return Assignment(codes=codes[natural].T.contiguous(), error=error[natural].T.contiguous())
+    return Assignment(codes=codes[natural].T.contiguous(), error=error[natural].T.contiguous(), loss=loss)

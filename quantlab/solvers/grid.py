@@ -25,6 +25,7 @@ ClipSearch = Literal["none", "weight", "hessian"]
 
 _FRACTIONS = [percent / 100 for percent in range(100, 20, -1)]
 _WEIGHT_ERROR_POWER = 2.4
+_CHUNK_ELEMENTS = 1 << 17  # weights searched at a time: every pass over them stays in a core's cache
 
 
 def fit_grid(
@@ -103,6 +104,16 @@ def as_stored(grid: UniformGrid) -> UniformGrid:
 
 
 def _clipped_grid(
+    weight: Tensor, spec: CodebookSpec, symmetric: bool, penalty: Callable[[Tensor], Tensor]
+) -> UniformGrid:
+    chunks = weight.split(max(1, _CHUNK_ELEMENTS // weight.shape[1]))
+    grids = [_search_fractions(chunk, spec, symmetric, penalty) for chunk in chunks]
+    return UniformGrid(
+        scale=torch.cat([grid.scale for grid in grids]), zero=torch.cat([grid.zero for grid in grids]), bits=spec.bits
+    )
+
+
+def _search_fractions(
     weight: Tensor, spec: CodebookSpec, symmetric: bool, penalty: Callable[[Tensor], Tensor]
 ) -> UniformGrid:
     lowest, highest = _ranges(weight, spec)

@@ -2,20 +2,31 @@
 
 On a sorted row the clusters are intervals, and prefix sums give their means; one Lloyd iteration costs a
 binary search per boundary, O(levels log in_features) per row, whatever the number of values in a cluster.
+
+Sorting long rows then takes most of the time. Where the levels are only a start for a method that refits them, a
+histogram does instead: the values of a cell count as one value, their mean, with their weights summed.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-_CHUNK_ELEMENTS = 1 << 24  # sorted values, weights and prefix sums are float64: about 700 MB of working memory
+from quantlab_kernels import solver
+
+_CHUNK_ELEMENTS = 1 << 22  # sorted values, weights and prefix sums are float64: about 180 MB of working memory
 _CAP_ROUNDS = 8
+_CHUNK_ELEMENTS_IN_CELLS = 1 << 19  # a histogram is made in a core's cache
+_VALUES_PER_CELL = 4
+_COMPANDING = 3.0  # standard deviations at which a cell is four times as wide as in the middle
 
 
-def kmeans_levels(rows: Tensor, levels: int, iterations: int, weights: Tensor | None = None) -> Tensor:
+def kmeans_levels(
+    rows: Tensor, levels: int, iterations: int, weights: Tensor | None = None, *, cells: int | None = None
+) -> Tensor:
     """Cluster the values of each row by Lloyd's algorithm.
 
     Lloyd's algorithm stops at the nearest local optimum, so the start decides. Several are tried, and every row keeps
@@ -31,6 +42,8 @@ def kmeans_levels(rows: Tensor, levels: int, iterations: int, weights: Tensor | 
         iterations: upper limit; stops earlier when nothing changes.
         weights: (rows, values) or (values,), not negative: the factor of each squared error. Only ratios within a row
             count. A value of weight 0 attracts no level; in a row of nothing else all weights count as equal.
+        cells: cluster a histogram with this many cells in place of rows that have many more values than that. Fast
+            and a little less exact; rows of few distinct values are no longer sure to be represented exactly.
 
     Returns:
         (rows, levels) ascending cluster means in the dtype of `rows`. A cluster that runs empty keeps its last value.
@@ -38,15 +51,19 @@ def kmeans_levels(rows: Tensor, levels: int, iterations: int, weights: Tensor | 
     Raises:
         ValueError: a weight is negative or not finite.
     """
-    rows_per_chunk = max(1, _CHUNK_ELEMENTS // rows.shape[1])
+    if cells is not None and rows.shape[1] < _VALUES_PER_CELL * cells:
+        cells = None
+    rows_per_chunk = max(1, (_CHUNK_ELEMENTS if cells is None else _CHUNK_ELEMENTS_IN_CELLS) // rows.shape[1])
     chunks = torch.split(rows, rows_per_chunk)
     starts: tuple[_Start, ...] = (_companded_start, _uniform_start)
-    if weights is None:
+    if weights is None and cells is None:
         ordered = (_unweighted(chunk) for chunk in chunks)
     else:
+        weights = rows.new_ones(()) if weights is None else weights
         _check(weights)
         parts = torch.split(weights.expand_as(rows), rows_per_chunk)
-        ordered = (_weighted(chunk, part) for chunk, part in zip(chunks, parts, strict=True))
+        prepare = _weighted if cells is None else partial(_histogram, cells=cells)
+        ordered = (prepare(chunk, part) for chunk, part in zip(chunks, parts, strict=True))
         starts = (*starts, _greedy_start)
     found = torch.cat([_cluster(chunk, [start(chunk, levels) for start in starts], iterations) for chunk in ordered])
     # Rounding in the prefix sums can put two nearly equal means in the wrong order.
@@ -76,9 +93,7 @@ def _unweighted(rows: Tensor) -> _Ordered:
 
 
 def _weighted(rows: Tensor, weights: Tensor) -> _Ordered:
-    values, weights = rows.double(), weights.double()
-    heaviest = weights.amax(dim=1, keepdim=True)
-    weights = torch.where(heaviest > 0, weights / torch.where(heaviest > 0, heaviest, 1.0), 1.0)
+    values, weights = rows.double(), _relative(weights.double())
     # Values without weight hide behind the largest one with weight: no gap, no distinct value and no range is theirs.
     largest = values.masked_fill(weights == 0, -torch.inf).amax(dim=1, keepdim=True)
     values = torch.where(weights > 0, values, largest)
@@ -86,6 +101,26 @@ def _weighted(rows: Tensor, weights: Tensor) -> _Ordered:
     weights, by_weight = weights.sort(dim=1, descending=True, stable=True)
     values, by_value = values.gather(1, by_weight).sort(dim=1, stable=True)
     return _with_prefix_sums(values, weights.gather(1, by_value))
+
+
+def _histogram(rows: Tensor, weights: Tensor, cells: int) -> _Ordered:
+    """The cells' means and total weights, ascending; an empty cell repeats a neighbour's value, without weight."""
+    rows, weights = rows.float(), _relative(weights).float()
+    spread, middle = torch.std_mean(rows, dim=1, keepdim=True)
+    # Cells widen towards the tails, so that far values share cells among themselves only and take none from the rest.
+    centred = (rows - middle) / (_COMPANDING * torch.where(spread > 0, spread, 1.0))
+    cell = (centred / (1 + centred.abs())).add_(1).mul_(cells / 2).long().clamp_(0, cells - 1)
+    mass = rows.new_zeros(len(rows), cells).scatter_add_(1, cell, weights).double()
+    moment = rows.new_zeros(len(rows), cells).scatter_add_(1, cell, weights * rows).double()
+    means = torch.where(mass > 0, moment / mass, -torch.inf).cummax(dim=1).values
+    smallest = means.masked_fill(mass == 0, torch.inf).amin(dim=1, keepdim=True)
+    return _with_prefix_sums(torch.maximum(means, smallest), mass)
+
+
+def _relative(weights: Tensor) -> Tensor:
+    """Weights as shares of the largest in their row; all 1 if that is 0."""
+    heaviest = weights.amax(dim=1, keepdim=True)
+    return torch.where(heaviest > 0, weights / torch.where(heaviest > 0, heaviest, 1.0), 1.0)
 
 
 def _with_prefix_sums(values: Tensor, weights: Tensor) -> _Ordered:
@@ -106,6 +141,8 @@ def _cluster(ordered: _Ordered, starts: list[Tensor], iterations: int) -> Tensor
 
 
 def _lloyd(ordered: _Ordered, centers: Tensor, iterations: int) -> Tensor:
+    if solver.usable(ordered.values, centers, dtype=torch.float64):
+        return solver.lloyd(ordered.values, ordered.mass, ordered.moment, centers, iterations)
     size = ordered.values.shape[1]
     for _ in range(iterations):
         inner_edges = torch.searchsorted(ordered.values, _midpoints(centers), right=True)

@@ -2,14 +2,19 @@
 
 Two shapes of the same operation: a whole matrix at once, and one input column at a time, as error feedback
 needs it. A value halfway between two levels of a look-up table goes to the lower one, on every device.
+
+The native solvers round by themselves. They know the two codebooks of this module (`is_native`); whatever else
+rounds columns is called for every column, and the solver around it stays in PyTorch.
 """
 
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
 from quantlab.api import Codebook, Lut, UniformGrid
+from quantlab_kernels import solver
+from quantlab_kernels.solver_tiles import TiledCodebooks, tile_grid, tile_table
 
 
 class ColumnRounder(Protocol):
@@ -34,6 +39,7 @@ class LutRounder:
     def __init__(self, lut: Lut, in_features: int) -> None:
         self._values = lut.values.transpose(0, 1).contiguous()
         self._midpoints = _midpoints(self._values)
+        self._in_features = in_features
         self._group_size = in_features // lut.values.shape[1]
 
     def __call__(self, column: int, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,6 +47,10 @@ class LutRounder:
         group = column // self._group_size
         codes = torch.searchsorted(self._midpoints[group], targets[:, None])
         return codes.squeeze(1), self._values[group].gather(1, codes).squeeze(1)
+
+    def tiled(self) -> TiledCodebooks:
+        """The tables for the native solvers."""
+        return tile_table(self._values.transpose(0, 1), self._midpoints.transpose(0, 1), self._in_features)
 
 
 class GridRounder:
@@ -55,7 +65,13 @@ class GridRounder:
         self._scale = grid.scale.T.contiguous()
         self._zero = grid.zero.T.contiguous()
         self._bits = grid.bits
+        self._in_features = in_features
         self._group_size = in_features // grid.scale.shape[1]
+
+    def replace_group(self, group: int, grid: UniformGrid) -> None:
+        """Round the inputs of one group by another grid from now on, given as (out_features, 1)."""
+        self._scale[group] = grid.scale.squeeze(1)
+        self._zero[group] = grid.zero.squeeze(1)
 
     def __call__(self, column: int, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Round the (out_features,) targets of a column: their codes and the levels that the codes select."""
@@ -63,6 +79,18 @@ class GridRounder:
         scale, zero = self._scale[group], self._zero[group]
         codes = _round_to_grid(targets, scale, zero, self._bits)
         return codes, (codes - zero) * scale
+
+    def tiled(self) -> TiledCodebooks:
+        """The grids for the native solvers, as they are now."""
+        return tile_grid(self._scale.T, self._zero.T, self._bits, self._in_features)
+
+
+def is_native(nearest: ColumnRounder, *operands: Tensor) -> TypeGuard[LutRounder | GridRounder]:
+    """Whether the native solvers can take a rounder and the tensors that it is used with.
+
+    A subclass is none of theirs, since it may round in another way.
+    """
+    return type(nearest) in (LutRounder, GridRounder) and solver.usable(*operands)
 
 
 def nearest_codes(weight: Tensor, codebook: Codebook) -> Tensor:
@@ -99,7 +127,8 @@ def with_dead_rounded(codes: Tensor, weight: Tensor, codebook: Codebook, hessian
     Raises:
         ValueError: the entries of some table do not ascend.
     """
-    return torch.where(hessian.diagonal() == 0, nearest_codes(weight, codebook), codes)
+    dead = hessian.diagonal() == 0
+    return torch.where(dead, nearest_codes(weight, codebook), codes) if dead.any() else codes
 
 
 def _round_to_grid(targets: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

@@ -24,6 +24,16 @@ def check_at_least_one(option: str, value: int) -> None:
         raise ValueError(f"{option}={value} must be at least 1")
 
 
+def check_not_negative(option: str, value: int) -> None:
+    """Refuse a count below zero.
+
+    Raises:
+        ValueError: naming the option and its value.
+    """
+    if value < 0:
+        raise ValueError(f"{option}={value} must not be negative")
+
+
 def check_finite_and_not_negative(option: str, value: float) -> None:
     """Refuse a number that is negative, infinite or not a number.
 
@@ -32,3 +42,13 @@ def check_finite_and_not_negative(option: str, value: float) -> None:
     """
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{option}={value} must be finite and not negative")
+
+
+def check_fraction(option: str, value: float) -> None:
+    """Refuse a share that is not between 0 and 1.
+
+    Raises:
+        ValueError: naming the option and its value.
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"{option}={value} must be between 0 and 1")

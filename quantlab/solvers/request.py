@@ -26,9 +26,9 @@ def check_request(problem: LayerProblem, info: QuantizerInfo) -> None:
         )
 
 
-def with_hessian(info: QuantizerInfo) -> QuantizerInfo:
-    """The capabilities of a method whose options make it need the Hessian."""
-    return replace(info, needs=info.needs | {Statistic.HESSIAN})
+def needing(info: QuantizerInfo, statistic: Statistic) -> QuantizerInfo:
+    """The capabilities of a method whose options make it need one more statistic."""
+    return replace(info, needs=info.needs | {statistic})
 
 
 def working_dtype(*operands: Tensor) -> torch.dtype:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from quantlab.solvers.cholesky import damped_cholesky
-from quantlab.solvers.nearest import ColumnRounder
+from quantlab.solvers.nearest import ColumnRounder, GridRounder, LutRounder, is_native
 from quantlab.solvers.order import inverse_order
+from quantlab_kernels import solver
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +33,8 @@ class SweepFactor:
         feedback: (in_features, in_features), L with its columns divided by its diagonal. Entry (u, j), u > j, is
             how much of the error of input `columns[u]` moves the target of input `columns[j]`.
         pivots: (in_features,) float64, the diagonal of L in the order of the factor.
+        added: (in_features,) float64, what damping added to the diagonal of H, in the order of the factor.
+        live: (in_features,) bool, in the order of the factor: whether the diagonal of H is not zero.
         requested_damping: the fraction of the mean diagonal that was to be added to the Hessian.
         damping: the fraction that was actually added.
     """
@@ -39,12 +42,21 @@ class SweepFactor:
     columns: Tensor
     feedback: Tensor
     pivots: Tensor
+    added: Tensor
+    live: Tensor
     requested_damping: float
     damping: float
 
     def diagnostics(self) -> dict[str, float]:
         """What a method reports about its factor: the damping it took, a fallback if more than asked for."""
         return {"damping": self.damping, "fallbacks": float(self.damping > self.requested_damping)}
+
+    def loss_terms(self) -> tuple[Tensor, Tensor]:
+        """What the squares of (v_j - ŵ_j) and of e_j count in the loss by the undamped H: (in_features,) float64 each.
+
+        The first are the squares of the pivots, the others take the damping off again. A dead input counts nothing.
+        """
+        return torch.where(self.live, self.pivots.square(), 0.0), torch.where(self.live, -self.added, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,10 +66,12 @@ class Assignment:
     Attributes:
         codes: (out_features, in_features) uint8.
         error: (out_features, in_features), the weight minus the levels that the codes select.
+        loss: (out_features,) float64, e H eᵀ with the undamped Hessian; None if nobody computed it.
     """
 
     codes: Tensor
     error: Tensor
+    loss: Tensor | None = None
 
 
 def factor_for_sweep(hessian: Tensor, order: Tensor, damping: float, dtype: torch.dtype) -> SweepFactor:
@@ -73,11 +87,17 @@ def factor_for_sweep(hessian: Tensor, order: Tensor, damping: float, dtype: torc
         NumericalError: the Hessian is not positive semi-definite.
     """
     columns = order.flip(0)
+    live = hessian.diagonal()[columns] != 0
     factor = damped_cholesky(hessian[columns][:, columns], damping)
     pivots = factor.lower.diagonal().clone()  # a view would keep all of L in memory
-    feedback = (factor.lower / pivots).to(dtype).contiguous()
     return SweepFactor(
-        columns=columns, feedback=feedback, pivots=pivots, requested_damping=damping, damping=factor.damping
+        columns=columns,
+        feedback=factor.lower.div_(pivots).to(dtype),
+        pivots=pivots,
+        added=factor.added,
+        live=live,
+        requested_damping=damping,
+        damping=factor.damping,
     )
 
 
@@ -103,11 +123,34 @@ def sweep(
             with their weights as they best make up for all errors so far, (out_features, columns). Those are GPTQ's
             updated weights. A target is more: it also knows the errors of the columns between.
     """
+    if not is_native(nearest, weight, factor.feedback):
+        return _sweep_by_columns(weight, factor, nearest, block_size, enter_block)
+    energy, shift = factor.loss_terms()
+    unit = energy.max().item() or 1.0  # the square of a small pivot need not be a float32
+    operands = (weight, factor.columns, factor.feedback, (energy / unit).float(), (shift / unit).float())
+    if enter_block is None:
+        state = solver.SweepProblem(*operands)
+        error = state.sweep(nearest.tiled())
+    else:
+        state = solver.BlockwiseSweep(*operands)
+        error = _sweep_by_blocks(state, weight, factor, nearest, block_size, enter_block)
+    return Assignment(codes=state.codes, error=error, loss=unit * state.loss)
+
+
+def _sweep_by_columns(
+    weight: Tensor,
+    factor: SweepFactor,
+    nearest: ColumnRounder,
+    block_size: int,
+    enter_block: Callable[[Tensor, Tensor], None] | None,
+) -> Assignment:
     # One row per input, so that a step of the sweep works on contiguous memory for all output rows at once.
     values = weight.T[factor.columns]
     error = torch.empty_like(values)
     codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    loss = torch.zeros(len(weight), dtype=torch.float64, device=values.device)
     feedback, columns = factor.feedback, factor.columns.tolist()
+    energy, shift = factor.loss_terms()
     for end in range(len(columns), 0, -block_size):
         start = max(0, end - block_size)
         targets = torch.addmm(values[start:end], feedback[end:, start:end].T, error[end:])
@@ -118,8 +161,29 @@ def sweep(
             codes[row], levels = nearest(columns[row], targets[within])
             torch.sub(values[row], levels, out=error[row])
             targets[:within].addr_(feedback[row, start:row], error[row])
+            targets[within] -= levels
+        distance = targets.double().square()
+        loss += energy[start:end] @ distance + shift[start:end] @ error[start:end].double().square()
     natural = inverse_order(factor.columns)
-    return Assignment(codes=codes[natural].T.contiguous(), error=error[natural].T.contiguous())
+    return Assignment(codes=codes[natural].T.contiguous(), error=error[natural].T.contiguous(), loss=loss)
+
+
+def _sweep_by_blocks(
+    state: solver.BlockwiseSweep,
+    weight: Tensor,
+    factor: SweepFactor,
+    nearest: LutRounder | GridRounder,
+    block_size: int,
+    enter_block: Callable[[Tensor, Tensor], None],
+) -> Tensor:
+    for end in range(weight.shape[1], 0, -block_size):
+        start = max(0, end - block_size)
+        columns = factor.columns[start:end]
+        targets = state.targets(start, end)
+        by_column = targets.transpose(0, 1).flatten(1)[:, : len(weight)]
+        enter_block(columns, _updated(weight.T[columns], by_column, factor.feedback[start:end, start:end]))
+        state.round(start, end, targets, nearest.tiled())
+    return state.error()
 
 
 def _updated(values: Tensor, targets: Tensor, feedback: Tensor) -> Tensor:

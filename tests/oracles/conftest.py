@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quantlab.api import CodebookSpec, InputStatistics, LayerProblem
+from quantlab_kernels import solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,14 @@ class Layer:
             spec=CodebookSpec(bits=bits, group_size=group_size),
             statistics=InputStatistics(hessian=self.hessian.to(dtype), num_tokens=len(self.inputs)),
         )
+
+
+@pytest.fixture(params=["native", "reference"])
+def kernels(request, monkeypatch):
+    """Runs a test in both ways in which single precision is computed on the CPU; double precision knows only one."""
+    monkeypatch.setenv("QUANTLAB_KERNELS", request.param)
+    if request.param == "native" and not solver.usable(torch.zeros(1)):
+        pytest.skip("no native library on this machine")
 
 
 @pytest.fixture

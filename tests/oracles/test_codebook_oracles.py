@@ -1,5 +1,6 @@
 """The codebook step against least squares on the inputs themselves, in float64."""
 
+import pytest
 import torch
 
 from quantlab.api import Lut, layer_loss
@@ -117,6 +118,7 @@ def test_gram_is_the_sum_of_the_hessian_over_pairs_of_codes(make_layer):
     torch.testing.assert_close(level_gram(codes, layer.hessian, 8), expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_fewer_tokens_than_levels_leave_the_levels_finite_and_the_loss_lower(make_layer):
     for dtype in (torch.float32, torch.float64):
         layer = make_layer(seed=10, tokens=3)
@@ -128,6 +130,7 @@ def test_fewer_tokens_than_levels_leave_the_levels_finite_and_the_loss_lower(mak
         assert (loss(layer, result.dequantize()) <= loss(layer, layer.weight - error)).all()
 
 
+@pytest.mark.usefixtures("kernels")
 def test_single_precision_has_the_loss_of_double_precision(make_layer):
     layer = make_layer(seed=11, in_features=96)
     table, codes, error = start(layer)

@@ -176,6 +176,7 @@ def test_a_converged_answer_cannot_be_improved_by_any_single_code(make_layer, ki
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("column_order", ORDERS)
+@pytest.mark.usefixtures("kernels")
 def test_a_converged_answer_stays(make_layer, column_order, dtype):
     layer = make_layer(seed=8)
     layer = type(layer)(weight=layer.weight.to(dtype), inputs=layer.inputs.to(dtype))
@@ -298,6 +299,7 @@ def test_descent_improves_on_the_triangular_sweep_and_is_no_match_for_it_alone(m
     assert refined < 0.98 * swept < swept < alone
 
 
+@pytest.mark.usefixtures("kernels")
 def test_single_precision_has_the_loss_of_double_precision(make_layer):
     layer = make_layer(seed=18, out_features=48)
     codebook = codebook_of(layer)

@@ -182,3 +182,35 @@ def test_weights_over_many_orders_of_magnitude_are_no_obstacle(levels):
     pairs = zip(rows, weights, strict=True)
     optimum = torch.tensor([optimal_squared_error(row, levels, part) for row, part in pairs], dtype=torch.float64)
     assert (squared_error(rows, found, weights) / optimum).mean() < 1.05
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("levels", [4, 8, 16])
+def test_a_histogram_costs_less_than_a_tenth_of_error_even_with_a_far_value(levels, weighted):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 2048, generator=generator)
+    rows[1, 7] = 60.0
+    rows[2] = rows[2].sign() * rows[2].abs() ** 1.7
+    weights = torch.randn(2048, generator=generator).exp() if weighted else None
+
+    def error(table):
+        distance = (rows - table.gather(1, torch.searchsorted(table[:, 1:] + table[:, :-1], 2 * rows))).square()
+        return (distance * (1.0 if weights is None else weights)).sum(dim=1)
+
+    exact, coarse = (error(kmeans_levels(rows, levels, 50, weights, cells=cells)) for cells in (None, 256))
+    assert (coarse <= 1.1 * exact).all()
+    assert not torch.equal(exact, coarse)
+
+
+def test_a_histogram_does_not_depend_on_scale_and_short_rows_have_none():
+    rows = torch.randn(4, 2048, generator=torch.Generator().manual_seed(0))
+    table = kmeans_levels(rows, 8, 50, cells=256)
+    assert torch.equal(kmeans_levels(rows * 2.0**-20, 8, 50, cells=256), table * 2.0**-20)
+    short = rows[:, :1023]
+    assert torch.equal(kmeans_levels(short, 8, 50, cells=256), kmeans_levels(short, 8, 50))
+
+
+def test_histograms_of_constant_rows_are_finite_and_exact():
+    rows = torch.tensor([0.0, 0.3, -7.0])[:, None].repeat(1, 1024)
+    table = kmeans_levels(rows, 4, 50, cells=256)
+    torch.testing.assert_close(table, rows[:, :4])

@@ -12,13 +12,14 @@ from quantlab_gptq import GptqQuantizer
 from quantlab_kmeans import KmeansQuantizer
 from quantlab_rtn import RtnQuantizer
 
+PAPER = GanqQuantizer.info.presets["paper"]
 METHODS = [RtnQuantizer(), KmeansQuantizer(), GptqQuantizer(), GanqQuantizer()]
 CALIBRATED = [
     GptqQuantizer(),
     GptqQuantizer(column_order="natural"),
     GanqQuantizer(),
     GanqQuantizer(column_order="natural"),
-    GanqQuantizer(cd_sweeps=0),
+    GanqQuantizer(**PAPER),
 ]
 
 
@@ -64,7 +65,7 @@ def test_ganq_is_the_best_of_its_naive_iterates_row_by_row(make_layer):
     iterations = 4
     start = kmeans_levels(layer.weight, 4, iterations=50)
     naive = naive_ganq(layer.weight, layer.hessian, start, iterations)
-    quantizer = GanqQuantizer(column_order="natural", iterations=iterations, cd_sweeps=0)
+    quantizer = GanqQuantizer(**PAPER | {"iterations": iterations})
     losses = row_losses(quantizer, layer.problem(bits=2))
     torch.testing.assert_close(losses, naive.amin(dim=0), rtol=1e-5, atol=0)
     # The example shows why rows need their own best iterate: no single one is best for all.
@@ -74,22 +75,46 @@ def test_ganq_is_the_best_of_its_naive_iterates_row_by_row(make_layer):
 
 def test_more_iterations_never_raise_the_loss_of_any_row(make_layer):
     problem = make_layer(seed=2).problem(bits=3)
-    losses = torch.stack([row_losses(GanqQuantizer(iterations=count), problem) for count in (1, 2, 3, 5, 8)])
+    quantizers = [GanqQuantizer(iterations=count, shrinkage=False, polish_rounds=0) for count in (1, 2, 3, 5, 8)]
+    losses = torch.stack([row_losses(quantizer, problem) for quantizer in quantizers])
     assert (losses.diff(dim=0) <= 1e-6 * losses[0]).all()
-    assert losses[-1].sum() < 0.9 * losses[0].sum()
+    assert losses[-1].sum() < 0.95 * losses[0].sum()
+
+
+def test_more_polish_never_raises_the_loss_of_any_row(make_layer):
+    problem = make_layer(seed=2).problem(bits=3)
+    quantizers = [GanqQuantizer(iterations=2, shrinkage=False, polish_rounds=count) for count in (0, 1, 2, 4, 12)]
+    losses = torch.stack([row_losses(quantizer, problem) for quantizer in quantizers])
+    assert (losses.diff(dim=0) <= 1e-3 * losses[0]).all()  # a table that is stored in float16 costs a little
+    assert losses[-1].sum() < 0.97 * losses[0].sum()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_descent_after_the_sweep_lowers_the_loss_on_average(make_layer, bits):
-    problems = [make_layer(seed).problem(bits=bits) for seed in range(5)]
-    published = sum(relative_loss(GanqQuantizer(cd_sweeps=0), problem) for problem in problems)
-    assert sum(relative_loss(GanqQuantizer(), problem) for problem in problems) < 0.99 * published
+@pytest.mark.parametrize("better", [{"start": "screened"}, {"block_passes": 2}, {"polish_rounds": 6}], ids=str)
+def test_every_step_beyond_the_paper_lowers_the_loss_on_average(make_layer, bits, better):
+    problems = [make_layer(seed, in_features=96).problem(bits=bits) for seed in range(3)]
+    plain = {"iterations": 3, "shrinkage": False, "start": "kmeans", "block_passes": 0, "polish_rounds": 0}
+    without, improved = (
+        sum(relative_loss(GanqQuantizer(**options), problem) for problem in problems)
+        for options in (plain, plain | better)
+    )
+    assert improved < 0.97 * without
+
+
+def test_the_best_preset_is_far_better_than_the_paper_s(make_layer):
+    problems = [make_layer(seed, in_features=96).problem(bits=3) for seed in range(2)]
+    best, paper = (
+        sum(relative_loss(quantizer, problem) for problem in problems)
+        for quantizer in (GanqQuantizer(shrinkage=False), GanqQuantizer(**PAPER))
+    )
+    assert best < 0.85 * paper
 
 
 def test_best_iterate_is_judged_without_damping(make_layer):
     # Damping this strong turns the damped loss into the error of the weights, which orders iterates differently.
     problem = make_layer(seed=3, tokens=60).problem(bits=3)
-    losses = torch.stack([row_losses(GanqQuantizer(iterations=count, damping=1.0), problem) for count in range(1, 7)])
+    quantizers = [GanqQuantizer(**PAPER | {"iterations": count, "damping": 1.0}) for count in range(1, 7)]
+    losses = torch.stack([row_losses(quantizer, problem) for quantizer in quantizers])
     assert (losses.diff(dim=0) <= 1e-6 * losses[0]).all()
 
 
@@ -103,20 +128,20 @@ def global_optimum(w, hessian, levels):
 
 def test_no_method_is_below_the_global_optimum_and_ganq_is_near(make_layer):
     ratios = []
-    for seed in range(12):
+    for seed in range(6):
         layer = make_layer(seed, out_features=1, in_features=6, tokens=30)
         optimum = global_optimum(layer.weight[0], layer.hessian, levels=4)
-        for quantizer in METHODS:
+        for quantizer in (*METHODS[:-1], GanqQuantizer(shrinkage=False)):
             ratio = (row_losses(quantizer, layer.problem(bits=2))[0] / optimum).item()
             assert ratio > 1 - 1e-5
         ratios.append(ratio)  # of the last method, GANQ
-    assert sum(ratio < 1.001 for ratio in ratios) >= 3
+    assert sum(ratio < 1.001 for ratio in ratios) >= 2
     assert sorted(ratios)[len(ratios) // 2] < 3
 
 
 def test_better_methods_have_lower_loss(make_layer):
     for bits in (2, 3, 4):
-        totals = [sum(relative_loss(method, make_layer(seed).problem(bits)) for seed in range(4)) for method in METHODS]
+        totals = [sum(relative_loss(method, make_layer(seed).problem(bits)) for seed in range(2)) for method in METHODS]
         rtn, kmeans, gptq, ganq = totals
         assert ganq < 0.7 * min(gptq, kmeans)
         assert gptq < 0.7 * rtn
@@ -124,7 +149,7 @@ def test_better_methods_have_lower_loss(make_layer):
 
 
 def test_eight_bits_are_nearly_lossless(make_layer):
-    problem = make_layer(seed=4, out_features=8, in_features=320).problem(bits=8)
+    problem = make_layer(seed=4, out_features=4, in_features=288).problem(bits=8)
     losses = [relative_loss(method, problem) for method in METHODS]
     assert max(losses) < 1e-4
     rtn, _, gptq, ganq = losses
@@ -145,8 +170,12 @@ def test_uncorrelated_inputs_leave_nothing_to_compensate(make_layer, quantizer):
     layer = make_layer(seed=6)
     whitened = type(layer)(weight=layer.weight, inputs=torch.eye(48, dtype=torch.float64))
     baseline = RtnQuantizer() if isinstance(quantizer, GptqQuantizer) else KmeansQuantizer()
-    codes = quantizer.quantize(whitened.problem(bits=3)).codes
-    assert torch.equal(codes, baseline.quantize(whitened.problem(bits=3)).codes)
+    if quantizer.info.name == "gptq" or quantizer == GanqQuantizer(**PAPER):
+        codes = quantizer.quantize(whitened.problem(bits=3)).codes
+        assert torch.equal(codes, baseline.quantize(whitened.problem(bits=3)).codes)
+    else:  # more starts, and moves of several codes at once, find better clusters
+        losses, rounded = (row_losses(method, whitened.problem(bits=3)) for method in (quantizer, baseline))
+        assert (losses <= rounded * (1 + 1e-3)).all()
 
 
 @pytest.mark.parametrize("quantizer", CALIBRATED, ids=str)
@@ -205,7 +234,8 @@ def test_tiny_layers_are_solved(make_layer, quantizer, shape):
 def test_rows_with_few_distinct_values_are_reproduced(make_layer, quantizer):
     layer = make_layer(seed=11)
     coarse = type(layer)(weight=layer.weight.clamp(-1.4, 1.4).mul(2).round() / 2, inputs=layer.inputs)
-    assert torch.equal(quantizer.quantize(coarse.problem(bits=3)).dequantize().double(), coarse.weight)
+    weight_hat = quantizer.quantize(coarse.problem(bits=3)).dequantize().double()
+    torch.testing.assert_close(weight_hat, coarse.weight, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("quantizer", CALIBRATED, ids=str)

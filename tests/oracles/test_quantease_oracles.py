@@ -79,11 +79,11 @@ def test_quantease_with_outliers_is_the_published_algorithm(make_layer, kind):
 def test_a_start_from_gptq_with_outliers_rounds_what_they_leave_and_descends(make_layer, kind):
     layer = make_layer(seed=2)
     support, order = OutlierSupport(kind, 0.1), torch.arange(48)
-    nearest = GridRounder(minmax_grid(support.without(layer.weight, None), CodebookSpec(bits=3)), 48)
-    state = DescentState(layer.weight, layer.hessian, order, nearest, support)
+    grid = minmax_grid(support.without(layer.weight, None), CodebookSpec(bits=3))
+    state = DescentState(layer.weight, layer.hessian, order, grid, support)
     state.start_from_gptq(0.01)
     left = layer.weight - support.keep_largest(layer.weight)
-    expected = sweep(left, factor_for_sweep(layer.hessian, order, 0.01, torch.float64), nearest)
+    expected = sweep(left, factor_for_sweep(layer.hessian, order, 0.01, torch.float64), GridRounder(grid, 48))
     assert torch.equal(state.codes, expected.codes)
 
     losses = []
@@ -129,6 +129,24 @@ def test_a_start_from_gptq_only_descends(make_layer, column_order, group_size):
     losses = torch.stack(losses)
     assert (losses.diff(dim=0) <= 1e-6 * losses[0]).all()
     assert losses[2].sum() < 0.99 * losses[0].sum()
+
+
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_a_start_from_rounding_begins_there_and_descends(make_layer, group_size):
+    layer = make_layer(seed=2)
+    spec, order = CodebookSpec(bits=3, group_size=group_size), torch.arange(48)
+    problem = layer.problem(bits=3, group_size=group_size)
+    state = DescentState(
+        layer.weight, layer.hessian, order, minmax_grid(layer.weight, spec), OutlierSupport("none", 0.0)
+    )
+    state.start_from_rtn()
+    rounded = RtnQuantizer().quantize(problem)
+    assert torch.equal(state.codes, rounded.codes)
+    losses = [row_losses(RtnQuantizer(), problem)]
+    losses += [row_losses(QuanteaseQuantizer(start="rtn", iterations=count), problem) for count in (1, 2, 5)]
+    losses = torch.stack(losses)
+    assert (losses.diff(dim=0) <= 1e-6 * losses[0]).all()
+    assert losses[-1].sum() < 0.7 * losses[0].sum()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -247,6 +247,7 @@ def test_strong_inputs_first_is_better_on_average(make_layer):
     assert strong_first < natural
 
 
+@pytest.mark.usefixtures("kernels")
 def test_single_precision_has_the_loss_of_double_precision(make_layer):
     layer = make_layer(seed=9, in_features=96)
     levels = table(layer.weight)

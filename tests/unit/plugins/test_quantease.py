@@ -5,7 +5,7 @@ import torch
 
 from quantlab.api import CodebookSpec, InputStatistics, LayerProblem
 from quantlab_quantease import QuanteaseQuantizer
-from quantlab_quantease.outliers import OutlierSupport, as_outliers
+from quantlab_quantease.outliers import OutlierSupport
 
 
 def problem(tokens=100):
@@ -24,7 +24,7 @@ def problem(tokens=100):
     [
         ("iterations", 0, "iterations=0"),
         ("column_order", "act", "natural, hessian_diagonal"),
-        ("start", "rtn", "float, gptq"),
+        ("start", "kmeans", "float, gptq, rtn"),
         ("outliers", "rows", "none, unstructured, structured"),
         ("outlier_fraction", -0.1, "outlier_fraction=-0.1"),
         ("outlier_fraction", 1.5, "outlier_fraction=1.5"),
@@ -89,11 +89,3 @@ def test_grids_leave_out_structured_outliers():
     weight = torch.tensor([[1.0, -5.0, 3.0, 0.5], [0.0, 1.0, -4.5, 0.1]])
     without = OutlierSupport("structured", 0.25).without(weight, None)
     assert torch.equal(without, torch.tensor([[1.0, -5.0, 0.0, 0.5], [0.0, 1.0, 0.0, 0.1]]))
-
-
-def test_outliers_are_the_entries_that_are_not_zero():
-    outliers = as_outliers(torch.tensor([[0.0, 2.0], [-1.0, 3.0]], dtype=torch.float64))
-    assert outliers.rows.tolist() == [0, 1, 1]
-    assert outliers.columns.tolist() == [1, 0, 1]
-    assert torch.equal(outliers.values, torch.tensor([2.0, -1.0, 3.0]))
-    assert as_outliers(torch.zeros(2, 2)) is None

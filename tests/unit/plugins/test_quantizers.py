@@ -1,15 +1,17 @@
 """Behaviour of single methods beyond the contract."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from quantlab.api import CodebookSpec, InputStatistics, LayerProblem, Lut, UniformGrid, layer_loss
+from quantlab.api import CodebookSpec, InputStatistics, LayerProblem, UniformGrid, layer_loss
 from quantlab.solvers.grid import fit_grid, minmax_grid, round_to_nearest
-from quantlab.solvers.kmeans import kmeans_levels
 from quantlab_ganq import GanqQuantizer
 from quantlab_gptq import GptqQuantizer
-from quantlab_kmeans import KmeansQuantizer
 from quantlab_leanquant import LeanquantQuantizer
+from quantlab_lnq import LnqQuantizer
+from quantlab_quantease import QuanteaseQuantizer
 from quantlab_rtn import RtnQuantizer
 
 
@@ -65,14 +67,7 @@ def test_gptq_block_size_does_not_change_the_loss():
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
 
 
-def test_kmeans_fits_a_table_per_group():
-    answer = KmeansQuantizer().quantize(problem(group_size=8))
-    assert isinstance(answer.codebook, Lut)
-    assert answer.codebook.values.shape == (8, 4, 8)
-    assert torch.equal(answer.dequantize(), problem().weight)  # eight values on eight levels
-
-
-@pytest.mark.parametrize("method", [GptqQuantizer, GanqQuantizer, LeanquantQuantizer])
+@pytest.mark.parametrize("method", [GptqQuantizer, partial(GanqQuantizer, shrinkage=False), LeanquantQuantizer])
 def test_diagnostics_tell_the_undamped_loss_and_the_damping_that_was_needed(method):
     layer = problem(tokens=5)
     answer = method(damping=0.0).quantize(layer)
@@ -81,22 +76,6 @@ def test_diagnostics_tell_the_undamped_loss_and_the_damping_that_was_needed(meth
     assert 0 < answer.diagnostics["damping"] <= 1e-5
     assert answer.diagnostics["fallbacks"] == 1
     assert method(damping=0.1).quantize(layer).diagnostics["fallbacks"] == 0
-
-
-def test_ganq_gives_dead_inputs_the_nearest_final_level():
-    layer = problem()
-    hessian = layer.require_hessian().clone()
-    hessian[::3] = 0
-    hessian[:, ::3] = 0
-    silent = LayerProblem(
-        name="layer",
-        weight=layer.weight,
-        spec=layer.spec,
-        statistics=InputStatistics(hessian=hessian, num_tokens=100),
-    )
-    answer = GanqQuantizer().quantize(silent)
-    distance = (layer.weight[..., None] - answer.codebook.levels()).abs().amin(dim=2)
-    assert torch.equal((layer.weight - answer.dequantize()).abs()[:, ::3], distance[:, ::3])
 
 
 @pytest.mark.parametrize("clip_search", ["weight", "hessian"])
@@ -126,28 +105,6 @@ def test_gptq_sweeps_over_the_searched_grid(group_size, clip_search):
     assert not torch.equal(answer.codes, GptqQuantizer().quantize(layer).codes)
 
 
-@pytest.mark.parametrize("group_size", [None, 8])
-def test_kmeans_weighs_each_value_by_the_power_of_its_input(group_size):
-    layer = problem(bits=2, group_size=group_size)
-    energy = layer.require_hessian().diagonal()
-    size = group_size or 32
-    values = KmeansQuantizer(hessian_power=0.5).quantize(layer).codebook.values
-    for group in range(32 // size):
-        columns = slice(group * size, (group + 1) * size)
-        expected = kmeans_levels(layer.weight[:, columns], 4, 50, energy[columns].sqrt())
-        torch.testing.assert_close(values[:, group], expected)
-
-
-def test_kmeans_weighted_by_the_hessian_has_less_error_where_the_input_is_strong():
-    layer = problem(bits=2)
-    diagonal = layer.require_hessian().diagonal()
-    errors = [
-        ((layer.weight - KmeansQuantizer(hessian_power=power).quantize(layer).dequantize()).square() * diagonal).sum()
-        for power in (1.0, 0.5, 0.0)
-    ]
-    assert errors[0] < errors[1] < errors[2]
-
-
 @pytest.mark.parametrize("options", [{"exponent": 1.0}, {"damping": 1.0}, {"column_order": "natural"}], ids=str)
 def test_every_option_of_leanquant_changes_its_answer(options):
     changed = LeanquantQuantizer(**options).quantize(problem())
@@ -159,6 +116,28 @@ def test_leanquant_has_no_overflow_at_any_exponent():
     assert torch.isfinite(answer.dequantize()).all()
 
 
-def test_kmeans_has_no_overflow_at_any_power():
-    answer = KmeansQuantizer(hessian_power=1e4).quantize(problem())
-    assert torch.isfinite(answer.dequantize()).all()
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (GptqQuantizer, {"column_order": "natural"}),
+        (GptqQuantizer, {"damping": 1.0}),
+        (GptqQuantizer, {"groups": "dynamic", "column_order": "natural"}),
+        (GptqQuantizer, {"clip_search": "weight"}),
+        (LnqQuantizer, {"iterations": 1}),
+        (LnqQuantizer, {"cd_sweeps": 1}),
+        (LnqQuantizer, {"column_order": "natural"}),
+        (QuanteaseQuantizer, {"iterations": 3}),
+        (QuanteaseQuantizer, {"column_order": "hessian_diagonal"}),
+        (QuanteaseQuantizer, {"start": "gptq"}),
+        (QuanteaseQuantizer, {"start": "rtn"}),
+        (QuanteaseQuantizer, {"outliers": "unstructured"}),
+        (QuanteaseQuantizer, {"outliers": "structured", "outlier_fraction": 0.1}),
+        (RtnQuantizer, {"symmetric": True}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
+)
+def test_every_option_changes_the_answer(method, options):
+    layer = problem(bits=2, group_size=16 if options.get("groups") else None)
+    base = {"column_order": "natural"} if options.get("groups") else {}
+    changed = method(**base | options).quantize(layer)
+    assert not torch.equal(changed.dequantize(), method(**base).quantize(layer).dequantize())

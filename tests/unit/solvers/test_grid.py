@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import quantlab.solvers.grid as grid_module
 from quantlab.api import CodebookSpec
 from quantlab.solvers.grid import ClipSearch, fit_grid, minmax_grid, round_to_grid, round_to_nearest
 from quantlab.solvers.options import check_choice
@@ -178,3 +179,13 @@ def test_searching_with_the_hessian_needs_its_diagonal():
 def test_unknown_clip_searches_are_refused():
     with pytest.raises(ValueError, match="none, weight, hessian"):
         check_choice("clip_search", "mse", ClipSearch)
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_clip_search_does_not_depend_on_how_many_rows_are_searched_at_a_time(group_size, monkeypatch):
+    weight, spec = normal(7, 32), CodebookSpec(bits=2, group_size=group_size)
+    at_once = fit_grid(weight, spec, "weight")
+    monkeypatch.setattr(grid_module, "_CHUNK_ELEMENTS", 64)
+    in_parts = fit_grid(weight, spec, "weight")
+    assert torch.equal(in_parts.scale, at_once.scale)
+    assert torch.equal(in_parts.zero, at_once.zero)

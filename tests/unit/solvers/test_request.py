@@ -12,7 +12,7 @@ from quantlab.api import (
     QuantizerInfo,
     Statistic,
 )
-from quantlab.solvers.request import check_request, with_hessian, with_loss, working_dtype
+from quantlab.solvers.request import check_request, needing, with_loss, working_dtype
 
 INFO = QuantizerInfo(name="some", summary="", paper="", bits=frozenset({3, 4}))
 
@@ -56,7 +56,7 @@ def test_loss_is_added_to_the_other_diagnostics():
 
 
 def test_capabilities_with_hessian_differ_in_nothing_else():
-    needing = with_hessian(INFO)
-    assert needing.needs == {Statistic.HESSIAN}
-    assert replace(needing, needs=frozenset()) == INFO
+    informed = needing(INFO, Statistic.HESSIAN)
+    assert informed.needs == {Statistic.HESSIAN}
+    assert replace(informed, needs=frozenset()) == INFO
     assert INFO.needs == frozenset()
