@@ -19,6 +19,8 @@ from torch import Tensor
 
 MIN_BITS, MAX_BITS = 2, 8
 
+_ROWS, _COLUMNS = 512, 1024  # treated at a time where a whole matrix would need a wider copy
+
 
 class Statistic(Enum):
     """What a method may ask the engine to collect about the inputs of a layer."""
@@ -259,8 +261,11 @@ class QuantizedLayer:
         """The dense weight it stands for: (out_features, in_features) float32."""
         levels = self.codebook.levels()
         out_features, groups, _ = levels.shape
-        grouped_codes = self.codes.view(out_features, groups, -1).long()
-        weight = levels.gather(2, grouped_codes).view(out_features, -1)
+        weight = torch.empty(self.codes.shape, dtype=levels.dtype, device=levels.device)
+        for start in range(0, out_features, _ROWS):
+            rows = slice(start, start + _ROWS)
+            grouped_codes = self.codes[rows].reshape(-1, groups, self.codes.shape[1] // groups).long()
+            weight[rows] = levels[rows].gather(2, grouped_codes).flatten(1)
         if self.outliers is not None:
             position = (self.outliers.rows, self.outliers.columns)
             weight = weight.index_put(position, self.outliers.values, accumulate=True)
@@ -289,7 +294,21 @@ class LayerQuantizer(Protocol):
 def layer_loss(weight: Tensor, weight_hat: Tensor, hessian: Tensor) -> Tensor:
     """Expected squared output error of every row, e H eᵀ: (out_features,) float64.
 
-    Evaluated as sum((E H) * E), which does not cancel, in float64.
+    Evaluated in float64 as sum((E H) * E), which does not cancel, block by block: no matrix is copied to float64 as a
+    whole, and of the symmetric H only the blocks on and above the diagonal are read.
     """
+    return torch.cat(
+        [_loss_of_rows(*rows, hessian) for rows in zip(weight.split(_ROWS), weight_hat.split(_ROWS), strict=True)]
+    )
+
+
+def _loss_of_rows(weight: Tensor, weight_hat: Tensor, hessian: Tensor) -> Tensor:
     error = weight.double() - weight_hat.double()
-    return ((error @ hessian.double()) * error).sum(dim=1)
+    loss = error.new_zeros(len(error))
+    for start in range(0, error.shape[1], _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        product = error[:, columns] @ hessian[columns, columns].double()
+        if start:
+            product.addmm_(error[:, :start], hessian[:start, columns].double(), alpha=2)
+        loss += (product * error[:, columns]).sum(dim=1)
+    return loss

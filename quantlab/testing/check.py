@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from inspect import cleandoc
 from typing import NoReturn
 
-from quantlab.api import LayerQuantizer, QuantizerInfo
+from quantlab.api import LayerQuantizer, QuantizerInfo, Statistic
 from quantlab.testing.settings import settings_restored
 
 CheckFunction = Callable[[LayerQuantizer, str], None]
@@ -48,6 +48,11 @@ def contract_check(applies_to: Callable[[QuantizerInfo], bool] = lambda info: Tr
         return Check(name=function.__name__, promise=promise, run=function, applies_to=applies_to)
 
     return build
+
+
+def needs(statistic: Statistic) -> Callable[[QuantizerInfo], bool]:
+    """For `applies_to`: whether a method asks for a statistic."""
+    return lambda info: statistic in info.needs
 
 
 def require(condition: bool, message: str) -> None:

@@ -9,6 +9,8 @@ from quantlab.testing.check import require
 AGREEMENT = 1e-4
 """Largest difference, relative to the largest weight of the row, between answers that should be equal: float32
 rounding of a few dozen accumulated terms stays below 1e-5, while one changed code moves a weight by 1e-3 or more."""
+SLACK = 1.02
+"""A method may lose to rounding on single layers; on average it may lose by no more than this factor."""
 
 
 def solve(quantizer: LayerQuantizer, problem: LayerProblem) -> QuantizedLayer:
@@ -34,6 +36,20 @@ def rounded_to_nearest(weight: Tensor, bits: int) -> Tensor:
     zero = (-low / scale).round()
     codes = (weight / scale + zero).round().clamp(0, top_code)
     return (codes - zero) * scale
+
+
+def require_quality(quantizer: LayerQuantizer, problems: list[LayerProblem], what: str) -> None:
+    """Require sound answers that, averaged over the problems, lose no more than rounding does."""
+    total, yardstick = 0.0, 0.0
+    for problem in problems:
+        layer = solve(quantizer, problem)
+        require_sound(layer, problem)
+        total += relative_loss(problem, layer.dequantize())
+        yardstick += relative_loss(problem, rounded_to_nearest(problem.weight, problem.spec.bits))
+    message = (
+        f"mean relative loss over {what} is {total / len(problems):.4g}, rounding has {yardstick / len(problems):.4g}"
+    )
+    require(total <= SLACK * yardstick, message)
 
 
 def require_agreement(answer: Tensor, expected: Tensor, rule: str) -> None:

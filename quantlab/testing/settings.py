@@ -1,5 +1,6 @@
-"""The global settings of torch that belong to the engine: how they are read, and put back."""
+"""The global settings that belong to the engine: how they are read, changed and put back."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,3 +35,17 @@ def settings_restored() -> Iterator[None]:
         for name, (read, write) in _SETTINGS.items():
             if read() != before[name]:
                 write(before[name])
+
+
+@contextmanager
+def reference_kernels() -> Iterator[None]:
+    """Inside, the PyTorch reference takes the place of native kernels."""
+    before = os.environ.get("QUANTLAB_KERNELS")
+    os.environ["QUANTLAB_KERNELS"] = "reference"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["QUANTLAB_KERNELS"]
+        else:
+            os.environ["QUANTLAB_KERNELS"] = before

@@ -3,9 +3,9 @@
 import pytest
 
 from quantlab.testing import CHECKS, Status, check_quantizer
-from quantlab.testing.mutants import MUTANTS, HonestOutliers, HonestRounding, HonestSweep
+from quantlab.testing.mutants import MUTANTS, HonestFisher, HonestOutliers, HonestRounding, HonestSweep
 
-HONEST = (HonestRounding(), HonestOutliers(), HonestSweep())
+HONEST = (HonestRounding(), HonestOutliers(), HonestSweep(), HonestFisher())
 FEW = 3
 
 

@@ -9,9 +9,9 @@ import torch
 from quantlab.errors import PluginError
 from quantlab.testing import CHECKS, Status, check_quantizer, parametrize_with_checks
 from quantlab.testing.mutants import HonestRounding, HonestSweep
-from quantlab.testing.mutants.numerics import UnguardedRange
 from quantlab.testing.mutants.purity import EnablesTf32
 from quantlab.testing.mutants.result import NanDiagnostic
+from quantlab.testing.mutants.robustness import UnguardedRange
 
 
 @dataclass(frozen=True, kw_only=True)

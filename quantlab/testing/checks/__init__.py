@@ -1,12 +1,12 @@
 """Every check of the plugin contract, in the order in which they run."""
 
 from quantlab.testing.check import Check
-from quantlab.testing.checks import declaration, numerics, purity, result
+from quantlab.testing.checks import declaration, fisher, numerics, purity, result, robustness
 
 CHECKS: dict[str, Check] = {
     value.name: value
-    for module in (declaration, result, purity, numerics)
+    for module in (declaration, result, purity, numerics, fisher, robustness)
     for value in vars(module).values()
     if isinstance(value, Check)
 }
-"""Checks by name; a function becomes one by standing in one of the four modules under `@contract_check`."""
+"""Checks by name; a function becomes one by standing in one of these modules under `@contract_check`."""

@@ -23,15 +23,19 @@ _RANDOM_STATES: dict[str, Callable[[], object]] = {
 
 @contract_check()
 def inputs_are_left_alone(quantizer: LayerQuantizer, device: str) -> None:
-    """Weight and Hessian are not written to, even for layers with dead inputs; other layers share them."""
+    """Weight and statistics are not written to, even for layers with dead inputs; other layers share them."""
     problem = make_problem(quantizer.info, device)
-    tensors = [problem.weight] if problem.statistics is None else [problem.weight, problem.statistics.hessian]
+    tensors = {"weight": problem.weight}
     if problem.statistics is not None:
+        tensors["hessian"] = problem.statistics.hessian
         problem.statistics.hessian[:2] = problem.statistics.hessian[:, :2] = 0
-    before = [tensor.clone() for tensor in tensors]
+        if problem.statistics.fisher is not None:
+            tensors["fisher"] = problem.statistics.fisher
+            problem.statistics.fisher[:, :2] = 0
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
     solve(quantizer, problem)
-    for name, tensor, original in zip(("weight", "hessian"), tensors, before, strict=False):
-        changed = int((tensor != original).sum())
+    for name, tensor in tensors.items():
+        changed = int((tensor != before[name]).sum())
         require(changed == 0, f"{changed} of {tensor.numel()} entries of the {name} were changed in place")
 
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from quantlab.api import MAX_BITS, MIN_BITS, LayerQuantizer, QuantizerInfo, Statistic
+from quantlab.api import MAX_BITS, MIN_BITS, LayerQuantizer, Statistic
 from quantlab.testing.check import contract_check, require, require_refusal, skip
 from quantlab.testing.judging import (
     relative_loss,
@@ -16,11 +17,7 @@ from quantlab.testing.judging import (
     require_valid_codes,
     solve,
 )
-from quantlab.testing.problems import GROUP_SIZE, IN_FEATURES, draw_hessian, draw_weight, make_problem
-
-
-def _needs_hessian(info: QuantizerInfo) -> bool:
-    return Statistic.HESSIAN in info.needs
+from quantlab.testing.problems import GROUP_SIZE, IN_FEATURES, draw_weight, make_problem, with_statistics
 
 
 @contract_check()
@@ -91,11 +88,17 @@ def half_precision_weights_are_exact(quantizer: LayerQuantizer, device: str) -> 
 
 @contract_check()
 def strided_weights_are_accepted(quantizer: LayerQuantizer, device: str) -> None:
-    """A non-contiguous weight gives the answer of its contiguous copy."""
+    """A non-contiguous weight, and non-contiguous statistics, give the answer of their contiguous copies."""
     problem = make_problem(quantizer.info, device)
-    strided = solve(quantizer, replace(problem, weight=problem.weight.T.contiguous().T))
-    contiguous = solve(quantizer, problem)
-    require_agreement(strided.dequantize(), contiguous.dequantize(), "strides must not matter")
+    contiguous = solve(quantizer, problem).dequantize()
+    strided = replace(problem, weight=_strided(problem.weight))
+    require_agreement(solve(quantizer, strided).dequantize(), contiguous, "strides of the weight must not matter")
+    if problem.statistics is not None:
+        hessian, fisher = problem.statistics.hessian, problem.statistics.fisher
+        strided = with_statistics(
+            problem, hessian=_strided(hessian), fisher=None if fisher is None else _strided(fisher)
+        )
+        require_agreement(solve(quantizer, strided).dequantize(), contiguous, "strides of statistics must not matter")
 
 
 @contract_check()
@@ -138,17 +141,29 @@ def groups_have_their_own_codebooks(quantizer: LayerQuantizer, device: str) -> N
     require(bool(error < 0.5), f"a group of small weights has relative error {float(error):.3g}, expected below 0.5")
 
 
-@contract_check(applies_to=_needs_hessian)
+@contract_check(applies_to=lambda info: bool(info.needs))
 def missing_statistics_are_refused(quantizer: LayerQuantizer, device: str) -> None:
-    """A method that needs statistics and gets none raises ValueError naming the layer."""
-    problem = replace(make_problem(quantizer.info, device), statistics=None)
-    require_refusal(partial(solve, quantizer, problem), "no statistics", problem.name)
+    """A method that needs statistics and does not get them raises ValueError naming the layer."""
+    problem = make_problem(quantizer.info, device)
+    require_refusal(partial(solve, quantizer, replace(problem, statistics=None)), "no statistics", problem.name)
+    if problem.statistics is not None and problem.statistics.fisher is not None:
+        incomplete = replace(problem, statistics=replace(problem.statistics, fisher=None))
+        require_refusal(partial(solve, quantizer, incomplete), "no Fisher diagonal", problem.name)
 
 
-@contract_check(applies_to=lambda info: not _needs_hessian(info))
+@contract_check(applies_to=lambda info: not info.needs >= set(Statistic))
 def undeclared_statistics_are_ignored(quantizer: LayerQuantizer, device: str) -> None:
-    """A method that declares no need of statistics works without them, and gives the same answer with them."""
-    declared = replace(quantizer.info, needs=frozenset({Statistic.HESSIAN}))
-    problem = make_problem(declared, device, hessian=draw_hessian(0))
-    offered, withheld = solve(quantizer, problem), solve(quantizer, replace(problem, statistics=None))
-    require_agreement(offered.dequantize(), withheld.dequantize(), "undeclared statistics must not matter")
+    """Statistics that a method does not declare to need, but that others had collected, do not change its answer."""
+    withheld = make_problem(quantizer.info, device)
+    offered = make_problem(replace(quantizer.info, needs=frozenset(Statistic)), device)
+    require_agreement(
+        solve(quantizer, offered).dequantize(),
+        solve(quantizer, withheld).dequantize(),
+        "undeclared statistics must not matter",
+    )
+
+
+def _strided(matrix: Tensor) -> Tensor:
+    """An equal matrix whose entries are two apart in memory, in columns."""
+    spread = matrix.new_zeros(matrix.shape[1], 2 * matrix.shape[0]).T[::2]
+    return spread.copy_(matrix)

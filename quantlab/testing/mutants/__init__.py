@@ -3,18 +3,21 @@
 They are the evidence that the checks can fail, and a place to look up what a failing check may mean.
 """
 
-from quantlab.testing.mutants import declaration, numerics, purity, result
-from quantlab.testing.mutants.honest import HonestOutliers, HonestRounding, HonestSweep
+from quantlab.testing.mutants import declaration, fisher, numerics, purity, result, robustness
+from quantlab.testing.mutants.honest import HonestFisher, HonestOutliers, HonestRounding, HonestSweep
 from quantlab.testing.mutants.planting import MUTANTS, Mutant
 
 __all__ = [
     "MUTANTS",
+    "HonestFisher",
     "HonestOutliers",
     "HonestRounding",
     "HonestSweep",
     "Mutant",
     "declaration",
+    "fisher",
     "numerics",
     "purity",
     "result",
+    "robustness",
 ]

@@ -1,4 +1,4 @@
-"""Three small methods that keep the contract; the mutants override one step of one of them.
+"""Four small methods that keep the contract; the mutants override one step of one of them.
 
 They cover the capabilities between them: with and without statistics, groups, a uniform grid, a free codebook,
 outliers, a reported loss.
@@ -30,6 +30,33 @@ def factorize(damped: Tensor) -> Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor
+
+
+def _admit(problem: LayerProblem, info: QuantizerInfo) -> CodebookSpec:
+    spec = problem.spec
+    if spec.bits not in info.bits:
+        raise ValueError(f"{problem.name}: bits={spec.bits} is not supported; use one of {sorted(info.bits)}")
+    if spec.group_size is not None:
+        raise ValueError(f"{problem.name}: group_size={spec.group_size} is not supported; use group_size: null")
+    return spec
+
+
+def lloyd(weight: Tensor, importance: Tensor, count: int) -> Tensor:
+    """Levels of each row by Lloyd's algorithm, started at quantiles: (out_features, count).
+
+    Args:
+        weight: (out_features, in_features).
+        importance: of every weight, not negative.
+        count: levels.
+    """
+    middle = ((torch.arange(count, device=weight.device) + 0.5) / count * weight.shape[1]).long()
+    levels = weight.sort(dim=1).values[:, middle]
+    for _ in range(LLOYD_ITERATIONS):
+        nearest = (weight[:, :, None] - levels[:, None]).abs().argmin(dim=2)
+        members = torch.zeros_like(levels).scatter_add_(1, nearest, importance)
+        sums = torch.zeros_like(levels).scatter_add_(1, nearest, importance * weight)
+        levels = torch.where(members > 0, sums / torch.where(members > 0, members, 1), levels)
+    return levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +143,7 @@ class HonestSweep:
 
     def admit(self, problem: LayerProblem) -> CodebookSpec:
         """The budget, if it is supported."""
-        spec = problem.spec
-        if spec.bits not in self.info.bits:
-            raise ValueError(f"{problem.name}: bits={spec.bits} is not supported; use one of {sorted(self.info.bits)}")
-        if spec.group_size is not None:
-            raise ValueError(f"{problem.name}: group_size={spec.group_size} is not supported; use group_size: null")
-        return spec
+        return _admit(problem, self.info)
 
     def hessian(self, problem: LayerProblem) -> Tensor:
         """The Hessian: (in_features, in_features) float64."""
@@ -135,15 +157,8 @@ class HonestSweep:
         return factorize(hessian + torch.diag(pivots + self.damping * mean))
 
     def fit(self, weight: Tensor, count: int) -> Tensor:
-        """Levels of each row by Lloyd's algorithm, started at quantiles: (out_features, count)."""
-        middle = ((torch.arange(count, device=weight.device) + 0.5) / count * weight.shape[1]).long()
-        levels = weight.sort(dim=1).values[:, middle]
-        for _ in range(LLOYD_ITERATIONS):
-            nearest = (weight[:, :, None] - levels[:, None]).abs().argmin(dim=2)
-            members = torch.zeros_like(levels).scatter_add_(1, nearest, torch.ones_like(weight))
-            sums = torch.zeros_like(levels).scatter_add_(1, nearest, weight)
-            levels = torch.where(members > 0, sums / members.clamp(min=1), levels)
-        return levels
+        """Levels of each row: (out_features, count)."""
+        return lloyd(weight, torch.ones_like(weight), count)
 
     def sweep(self, weight: Tensor, levels: Tensor, factor: Tensor) -> Tensor:
         """Codes, chosen from the first column to the last: (out_features, in_features) uint8."""
@@ -163,3 +178,32 @@ class HonestSweep:
     def report(self, problem: LayerProblem, layer: QuantizedLayer) -> dict[str, float]:
         """Diagnostics of the answer."""
         return {"loss": float(layer_loss(problem.weight, layer.dequantize(), problem.require_hessian()).sum())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HonestFisher:
+    """k-means weighted by the Fisher diagonal, and rounding to it (arXiv:2306.07629)."""
+
+    info: ClassVar[QuantizerInfo] = QuantizerInfo(
+        name="honest_fisher",
+        summary="k-means weighted by the Fisher diagonal",
+        paper="none: a test double",
+        bits=frozenset({2, 3, 4}),
+        needs=frozenset({Statistic.FISHER}),
+    )
+
+    def quantize(self, problem: LayerProblem) -> QuantizedLayer:
+        """See LayerQuantizer."""
+        spec = _admit(problem, self.info)
+        weight = problem.weight.double()
+        levels = self.fit(weight, self.importance(problem), spec.levels)
+        codes = (weight[:, :, None] - levels[:, None]).abs().argmin(dim=2)
+        return QuantizedLayer(codes=codes.to(torch.uint8), codebook=Lut(values=levels.float()[:, None]))
+
+    def importance(self, problem: LayerProblem) -> Tensor:
+        """Of every weight: (out_features, in_features) float64."""
+        return problem.require_fisher().double()
+
+    def fit(self, weight: Tensor, importance: Tensor, count: int) -> Tensor:
+        """Levels of each row: (out_features, count)."""
+        return lloyd(weight, importance, count)

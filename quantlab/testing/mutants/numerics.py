@@ -1,5 +1,6 @@
 """Defects of the arithmetic."""
 
+import os
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -48,6 +49,7 @@ class ShiftedResidual(HonestSweep):
     "wider_codes_lose_less",
     "dead_inputs_do_no_harm",
     "singular_hessians_are_solved",
+    "rows_of_few_values_are_solved",
     "reported_loss_is_true",
 )
 @dataclass(frozen=True, kw_only=True)
@@ -136,45 +138,6 @@ class AbsoluteDamping(HonestSweep):
         return factorize(hessian + self.damping * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device))
 
 
-@killed_by("dead_inputs_do_no_harm", "layers_without_input_are_solved", "inputs_are_left_alone")
-@dataclass(frozen=True, kw_only=True)
-class DividesByDeadInputs(HonestSweep):
-    """Columns are scaled by the root mean square of their input, which may be zero."""
-
-    def factor(self, hessian: Tensor) -> Tensor:
-        """See HonestSweep."""
-        rms = hessian.diagonal().sqrt()
-        return super().factor(hessian / rms / rms[:, None]) / rms
-
-
-@killed_by("layers_without_input_are_solved")
-@dataclass(frozen=True, kw_only=True)
-class DampingOfNothing(HonestSweep):
-    """Damping relative to a mean diagonal of zero leaves a zero matrix."""
-
-    def factor(self, hessian: Tensor) -> Tensor:
-        """See HonestSweep."""
-        return factorize(hessian + torch.diag((self.damping * hessian.diagonal().mean()).expand(len(hessian))))
-
-
-@killed_by("singular_hessians_are_solved", damping=0.0)
-@dataclass(frozen=True, kw_only=True)
-class NoDamping(HonestSweep):
-    """Nothing is added to the diagonal, so a singular Hessian cannot be factorised."""
-
-
-@killed_by("constant_rows_are_reproduced")
-@dataclass(frozen=True, kw_only=True)
-class UnguardedRange(HonestRounding):
-    """The range of a constant row divides by zero."""
-
-    def grid(self, grouped: Tensor, spec: CodebookSpec) -> tuple[Tensor, Tensor]:
-        """See HonestRounding."""
-        low, high = grouped.amin(dim=2).clamp(max=0), grouped.amax(dim=2).clamp(min=0)
-        scale = self.range_fraction * (high - low) / self.top_code(spec)
-        return scale, (-self.range_fraction * low / scale).round()
-
-
 @killed_by("reported_loss_is_true")
 @dataclass(frozen=True, kw_only=True)
 class HalfTheLoss(HonestSweep):
@@ -195,3 +158,13 @@ class DampedLoss(HonestSweep):
         extra = self.damping * problem.require_hessian().diagonal().mean()
         error = problem.weight - layer.dequantize()
         return {"loss": super().report(problem, layer)["loss"] + float(extra * error.square().sum())}
+
+
+@killed_by("code_paths_agree")
+@dataclass(frozen=True, kw_only=True)
+class NeglectedReference(HonestRounding):
+    """The reference was left behind when the native code learnt to use the highest code."""
+
+    def top_code(self, spec: CodebookSpec) -> int:
+        """See HonestRounding."""
+        return spec.levels - 1 - (os.environ.get("QUANTLAB_KERNELS") == "reference")
