@@ -56,6 +56,18 @@ class NumericalError(QuantlabError):
     """A layer cannot be solved in floating point; the message names the layer's data and what was tried."""
 
 
+class ResumableError(QuantlabError):
+    """A run ended early for a reason outside itself; what it has finished is kept, and the same command goes on."""
+
+    exit_code = 75
+
+
+class MemoryShortageError(ResumableError):
+    """Memory cannot be had."""
+
+    exit_code = 4
+
+
 def did_you_mean(word: object, candidates: Iterable[str]) -> str:
     """A hint at the most similar candidate, to be put behind a message; empty if none is similar."""
     matches = difflib.get_close_matches(str(word), list(candidates), n=1)

@@ -2,11 +2,16 @@
 
 import json
 import re
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantlab.errors import ModelError, did_you_mean
+from quantlab.known_configs import KNOWN_CONFIGS
+
+if typing.TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 DEMO = "demo"
 
@@ -68,6 +73,26 @@ def resolve_model(name: str) -> Path:
     _require_float_decoder(folder, name)
     _require_safetensors(folder, name)
     return folder
+
+
+def resolve_config(name: str) -> "PretrainedConfig":
+    """The configuration of a float model; its weights need not be on this machine.
+
+    Args:
+        name: as for `resolve_model`. Of an alias the known dimensions
+            are used, without asking the hub.
+
+    Raises:
+        ModelError: nothing is known about the model here.
+    """
+    from transformers import AutoConfig  # takes seconds to import, and the names of models need it never
+
+    from quantlab.skeleton import read_config
+
+    if name in KNOWN_CONFIGS and not Path(name).is_dir():
+        dimensions = dict(KNOWN_CONFIGS[name])
+        return AutoConfig.for_model(dimensions.pop("model_type"), **dimensions)
+    return read_config(resolve_model(name))
 
 
 def model_label(name: str) -> str:

@@ -1,46 +1,55 @@
 """One run from a recipe to a run folder: quantize, reload, check, evaluate, report.
 
-The folder appears under its final name only when it is complete; a run that fails leaves nothing behind.
+The folder is worked on in place. While it holds a journal it is unfinished, and the same run continues it; a run
+that cannot succeed leaves nothing behind.
 """
 
-import gc
 import json
 import math
 import platform
-import resource
 import shlex
-import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantlab import registry
 from quantlab._version import __version__
-from quantlab.api import CodebookSpec, LayerQuantizer
+from quantlab.api import LayerQuantizer
 from quantlab.calibration.tokens import TokenWindows, calibration_windows, load_tokenizer
+from quantlab.checkpoint.atomic import replacing
 from quantlab.checkpoint.format import QuantizationConfig
 from quantlab.checkpoint.reader import load
 from quantlab.checkpoint.writer import CheckpointWriter
+from quantlab.engine.fingerprint import (
+    recipe_fingerprint,
+    require_same_recipe,
+    require_same_run,
+    source_fingerprint,
+)
+from quantlab.engine.forward import CheckpointParts, FloatParts, ModelParts, streamed_logits
+from quantlab.engine.options import single_threaded
 from quantlab.engine.solve import SolveOptions
-from quantlab.engine.stream import StreamResult, quantize_model
-from quantlab.errors import QualityError, UsageError
-from quantlab.evaluate.perplexity import perplexity
+from quantlab.engine.stream import StreamRequest, StreamResult, quantize_model
+from quantlab.errors import QualityError
+from quantlab.evaluate.perplexity import Forward, batches_of, in_memory, measure_pair
 from quantlab.evaluate.protocols import EvaluationWindows, WindowOptions, evaluation_windows, find_protocol
+from quantlab.memory import peak_rss_bytes
 from quantlab.models import model_label, resolve_model
-from quantlab.plan import Plan, compute_dtype, plan_run
-from quantlab.progress import NoProgress, Progress
-from quantlab.recipe import LoadedRecipe, Recipe, check_method, dump_recipe, load_recipe
+from quantlab.plan import Plan, compute_dtype, engine_options, plan_run, statistics_options, window_length
+from quantlab.progress import LoggedProgress, NoProgress, Progress
+from quantlab.recipe import LoadedRecipe, dump_recipe, load_recipe
+from quantlab.recipe.layers import MethodAssignment, assign_methods
 from quantlab.report.markdown import write_markdown
-from quantlab.skeleton import load_model, read_config
+from quantlab.skeleton import load_model, read_config, weight_files
+from quantlab.workspace import MANIFEST_NAME, Workspace, memory_shortage_explained, working_in
 
 MODEL_FOLDER = "model"
 
@@ -61,20 +70,20 @@ def run(
         source: a recipe file, or the name of a built-in recipe.
         model: replaces the recipe's model: a folder, a hub id or an alias.
         overrides: assignments such as "method.bits=3".
-        output_dir: the run folder to create; None means runs/RECIPE-MODEL.
+        output_dir: the run folder to create, or to continue in; None means runs/RECIPE-MODEL.
         progress: is told about every stage.
 
     Returns:
         The run folder.
 
     Raises:
-        QuantlabError: anything that keeps the run from completing; nothing is left behind.
+        ResumableError: the run ended early, and the same call continues it.
+        QuantlabError: anything else that keeps the run from completing; nothing new is left behind.
     """
     loaded = load_recipe(source, overrides, model=model)
     arguments = ["run", str(source), *(["--model", model] if model else []), *(f"--set={item}" for item in overrides)]
     return execute(
-        loaded,
-        check_method(loaded),
+        assign_methods(loaded),
         resolve_model(loaded.recipe.model.path),
         output_dir or default_output_dir(loaded),
         progress or NoProgress(),
@@ -88,66 +97,74 @@ def default_output_dir(loaded: LoadedRecipe) -> Path:
 
 
 def execute(
-    loaded: LoadedRecipe,
-    quantizer: LayerQuantizer,
+    assignment: MethodAssignment,
     model_folder: Path,
     output_dir: Path,
     progress: Progress,
     command: str,
+    stop: Callable[[], bool] = lambda: False,
+    reference: Forward | None = None,
 ) -> Path:
-    """Carry out a recipe.
+    """Carry out a recipe, or continue what a former process began.
 
     Args:
-        loaded: the recipe.
-        quantizer: the configured method of the recipe.
+        assignment: the recipe and its methods.
         model_folder: local folder of the float model.
-        output_dir: the run folder to create; must not exist, or be empty.
+        output_dir: the run folder; must not exist, be empty, or hold the same run unfinished.
         progress: is told about every stage.
         command: the command line that reproduces the run, for the record.
+        stop: asked after every block and evaluated window; a true answer ends the run there.
+        reference: the logits of the float model, if they are at hand; None loads it to evaluate.
 
     Returns:
         The run folder.
 
     Raises:
-        QuantlabError: anything that keeps the run from completing; nothing is left behind.
+        ResumableError: the run ended early, and can be continued.
+        QuantlabError: anything else that keeps the run from completing; nothing new is left behind.
     """
-    require_free(output_dir)
-    plan = plan_run(loaded.recipe, model_folder)
-    with _staged(output_dir) as folder, (folder / "log.txt").open("w") as log:
-        run = _Run(loaded.recipe, quantizer, model_folder, folder, _LoggedProgress(progress, log))
-        (folder / "recipe.yaml").write_text(loaded.text)
-        (folder / "recipe.resolved.yaml").write_text(dump_recipe(loaded.recipe))
+    recipe = assignment.loaded.recipe
+    with (
+        working_in(output_dir) as workspace,
+        (output_dir / "log.txt").open("a") as log,
+        single_threaded(recipe.engine.deterministic),
+        memory_shortage_explained(),
+    ):
+        if workspace.complete:
+            require_same_recipe(workspace.journal.entries[0]["fingerprint"], recipe, output_dir)
+            return output_dir
+        plan = plan_run(assignment, read_config(model_folder))
+        logged = LoggedProgress(progress, log, stop)
+        run = _Run(assignment, model_folder, workspace, logged, reference)
         calibration, corpora = run.timed("read_text", run.read_text)
-        stream, files = run.timed("quantize", lambda: run.quantize(calibration))
+        run.identify(calibration)
+        stream, files = run.timed("quantize", lambda: run.quantize(calibration, stop))
+        logged.stoppable = True
         evaluation = run.timed("evaluate", lambda: run.evaluate(stream, corpora))
-        _write_json(folder / "eval.json", evaluation)
-        _write_json(folder / "manifest.json", run.manifest(plan, calibration, stream, files, command))
-        write_markdown(folder)
+        _write_json(output_dir / "eval.json", evaluation)
+        _write_json(output_dir / MANIFEST_NAME, run.manifest(plan, calibration, stream, files, command))
+        write_markdown(output_dir)
     return output_dir
-
-
-def require_free(output_dir: Path) -> None:
-    """Check that a run folder may be created.
-
-    Raises:
-        UsageError: something is there already.
-    """
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UsageError(
-            f"the output folder {output_dir} exists and is not empty; choose another with --output-dir, or remove it"
-        )
 
 
 class _Run:
     """The stages of one run, with what they share."""
 
     def __init__(
-        self, recipe: Recipe, quantizer: LayerQuantizer, model_folder: Path, folder: Path, progress: Progress
+        self,
+        assignment: MethodAssignment,
+        model_folder: Path,
+        workspace: Workspace,
+        progress: Progress,
+        reference: Forward | None,
     ) -> None:
-        self.recipe = recipe
-        self.quantizer = quantizer
+        self.assignment = assignment
+        self.recipe = recipe = assignment.loaded.recipe
+        self.quantizer = assignment.default.quantizer
+        self.reference = reference
         self.model_folder = model_folder
-        self.folder = folder
+        self.workspace = workspace
+        self.folder = workspace.folder
         self.progress = progress
         self.config = read_config(model_folder)
         self.dtype = compute_dtype(recipe, self.config)
@@ -165,71 +182,122 @@ class _Run:
     def read_text(self) -> tuple[TokenWindows, list[EvaluationWindows]]:
         """The windows to calibrate on, and those of every corpus to evaluate on; early, since texts may be missing."""
         section, evaluation = self.recipe.calibration, self.recipe.evaluation
-        calibration = calibration_windows(
-            self.tokenizer, section.name, section.num_samples, section.sequence_length, self.recipe.seed
+        length = window_length(section.sequence_length, self.config)
+        calibration = calibration_windows(self.tokenizer, section.name, section.num_samples, length, self.recipe.seed)
+        options = WindowOptions(
+            sequence_length=window_length(evaluation.sequence_length, self.config),
+            stride=evaluation.stride,
+            bos=evaluation.bos,
+            num_windows=evaluation.num_windows,
         )
-        options = WindowOptions(sequence_length=evaluation.sequence_length, num_windows=evaluation.num_windows)
         corpora = [evaluation_windows(self.tokenizer, find_protocol(name), options) for name in evaluation.perplexity]
         return calibration, corpora
 
-    def quantize(self, calibration: TokenWindows) -> tuple[StreamResult, dict[str, str]]:
+    def identify(self, calibration: TokenWindows) -> None:
+        """Note in the journal what the run depends on, or check that it is still the same.
+
+        Raises:
+            UsageError: a former process began a different run in the folder.
+        """
+        entry = registry.available()[self.quantizer.info.name]
+        current = {
+            **recipe_fingerprint(self.recipe),
+            **source_fingerprint(self.model_folder),
+            "calibration.token_sha256": calibration.sha256,
+            f"versions.{entry.distribution}": entry.version,
+            **{f"versions.{name}": version for name, version in _versions().items()},
+        }
+        journal = self.workspace.journal
+        if journal.entries:
+            require_same_run(journal.entries[0]["fingerprint"], current, self.folder)
+            return
+        _write_text(self.folder / "recipe.yaml", self.assignment.loaded.text)
+        _write_text(self.folder / "recipe.resolved.yaml", dump_recipe(self.recipe))
+        journal.append({"kind": "run", "fingerprint": current})
+
+    def quantize(self, calibration: TokenWindows, stop: Callable[[], bool]) -> tuple[StreamResult, dict[str, str]]:
         """Write the quantized checkpoint; returns what is reported and the hashes of its files."""
-        recipe = self.recipe
-        writer = CheckpointWriter(self.folder / MODEL_FOLDER)
-        options = SolveOptions(
-            quantizer=self.quantizer,
-            spec=CodebookSpec(bits=recipe.method.bits, group_size=recipe.method.group_size),
-            seed=recipe.seed,
-            allow_fallbacks=recipe.allow_fallbacks,
+        recipe, workspace, assignment = self.recipe, self.workspace, self.assignment
+        request = StreamRequest(
+            source=self.model_folder,
+            calibration_ids=calibration.ids,
+            dtype=self.dtype,
+            options_of=self.solve_options,
+            statistics=statistics_options(recipe, assignment.methods),
+            engine=engine_options(recipe),
         )
-        stream = quantize_model(self.model_folder, writer, options, calibration.ids, self.dtype, self.progress)
-        method = {"name": self.quantizer.info.name, "options": _options(self.quantizer)}
-        producer = {"name": "quantlab-ptq", "version": __version__}
+        writer = CheckpointWriter(self.folder / MODEL_FOLDER)
+        stream = quantize_model(request, writer, workspace.journal, workspace.work, self.progress, stop)
+        self.quantize_peak_rss_bytes = peak_rss_bytes()
         config = json.loads((self.model_folder / "config.json").read_text())
         config["dtype"] = str(self.dtype).removeprefix("torch.")
-        writer.finish(
-            self.model_folder, config, QuantizationConfig(method=method, producer=producer, modules=stream.modules)
+        quantization = QuantizationConfig(
+            method={"name": self.quantizer.info.name, "options": _options(self.quantizer)},
+            producer={"name": "quantlab-ptq", "version": __version__},
+            modules=stream.modules,
+            unfused_experts=stream.unfused_experts,
         )
+        writer.finish(self.model_folder, config, quantization)
         return stream, writer.files()
 
-    def evaluate(self, stream: StreamResult, corpora: list[EvaluationWindows]) -> dict[str, Any]:
-        """Check the written checkpoint, and measure the perplexity of it and of the float model on every corpus."""
-        quantized = self._perplexities("quantized", self._reload(stream), corpora)
-        gc.collect()  # one model in memory at a time
-        reference = self._perplexities("float", load_model(self.model_folder, self.dtype), corpora) if corpora else []
-        return {
-            "perplexity": {
-                corpus.protocol: {
-                    "float": float_value,
-                    "quantized": quantized_value,
-                    "tokens": corpus.ids.numel(),
-                    "windows": corpus.ids.shape[0],
-                    "sequence_length": corpus.ids.shape[1],
-                    "token_sha256": corpus.sha256,
-                }
-                for corpus, float_value, quantized_value in zip(corpora, reference, quantized, strict=True)
-            }
-        }
+    def solve_options(self, layer: str) -> SolveOptions | None:
+        """How a layer is solved, by its full name; None keeps it in floating point."""
+        method = self.assignment.of(layer)
+        if method is None:
+            return None
+        return SolveOptions(
+            quantizer=method.quantizer,
+            spec=method.spec,
+            seed=self.recipe.seed,
+            allow_fallbacks=self.recipe.allow_fallbacks,
+        )
 
-    def _perplexities(self, label: str, model: PreTrainedModel, corpora: list[EvaluationWindows]) -> list[float]:
-        values = []
+    def evaluate(self, stream: StreamResult, corpora: list[EvaluationWindows]) -> dict[str, Any]:
+        """Check the written checkpoint, and measure it beside the float model on every corpus."""
+        if self.recipe.engine.memory_budget is not None:
+            return {"perplexity": self._evaluate_streamed(stream, corpora)}
+        quantized = self._reload(stream)
+        if not corpora:
+            return {"perplexity": {}}
+        reference = self.reference or in_memory(load_model(self.model_folder, self.dtype))
+        results = {}
         for corpus in corpora:
-            self.progress.begin(f"perplexity of the {label} model on {corpus.protocol}", corpus.ids.shape[0], "windows")
-            values.append(perplexity(model, corpus.ids, self.progress))
-        return values
+            self.progress.begin(f"perplexity on {corpus.protocol}", corpus.ids.shape[0], "windows")
+            results[corpus.protocol] = measure_pair(corpus, reference, in_memory(quantized), self.progress)
+        return {"perplexity": results}
 
     def _reload(self, stream: StreamResult) -> PreTrainedModel:
         """Load the written checkpoint and check that it computes what the engine computed."""
         model = load(self.folder / MODEL_FOLDER)
         with torch.inference_mode():
-            logits = model(input_ids=stream.check_ids, use_cache=False).logits
-        if not torch.equal(logits, stream.check_logits):
-            difference = (logits - stream.check_logits).abs().max().item()
-            raise QualityError(
-                f"the written checkpoint does not reproduce the quantized model: logits differ by up to "
-                f"{difference:.3g} on a batch of calibration text"
-            )
+            _require_reproduced(model(input_ids=stream.check_ids, use_cache=False).logits, stream)
         return model
+
+    def _evaluate_streamed(self, stream: StreamResult, corpora: list[EvaluationWindows]) -> dict[str, Any]:
+        """The same with one block in memory at a time."""
+        with self._streamed("quantized", (stream.check_ids,), "the check") as logits:
+            _require_reproduced(logits(0, stream.check_ids), stream)
+        results = {}
+        for corpus in corpora:
+            batches = batches_of(corpus)
+            with (
+                self._streamed("float", batches, corpus.protocol) as reference,
+                self._streamed("quantized", batches, corpus.protocol) as quantized,
+            ):
+                self.progress.begin(f"perplexity on {corpus.protocol}", corpus.ids.shape[0], "windows")
+                results[corpus.protocol] = measure_pair(corpus, reference, quantized, self.progress)
+        return results
+
+    @contextmanager
+    def _streamed(self, model: str, batches: Sequence[Tensor], text: str) -> Iterator[Forward]:
+        parts: ModelParts = (
+            FloatParts(self.model_folder, self.dtype)
+            if model == "float"
+            else CheckpointParts(self.folder / MODEL_FOLDER)
+        )
+        self.progress.begin(f"running {text} through the {model} model", len(parts.blocks), "blocks")
+        with streamed_logits(parts, batches, self.workspace.work / model, self.progress.advance) as logits:
+            yield logits
 
     def manifest(
         self, plan: Plan, calibration: TokenWindows, stream: StreamResult, files: dict[str, str], command: str
@@ -254,10 +322,19 @@ class _Run:
             "group_size": self.recipe.method.group_size,
             "bits_per_weight": sum(layer.storage_bits for layer in stream.layers) / weights,
             "checkpoint_bytes": sum(file.stat().st_size for file in (self.folder / MODEL_FOLDER).glob("*.safetensors")),
-            "source_bytes": plan.source_bytes,
-            "peak_rss_bytes": _peak_rss_bytes(),
+            "source_bytes": sum(file.stat().st_size for file in weight_files(self.model_folder)),
+            "peak_rss_bytes": peak_rss_bytes(),
             "wall_s": round(time.monotonic() - self.started, 3),
-            "stages_s": self.stages_s,
+            "stages_s": {**self.stages_s, "quantize": round(self.stages_s["quantize"] + self.workspace.earlier_s, 3)},
+            "continued": self.workspace.continued,
+            "engine_s": stream.seconds,
+            "drive_mode": stream.drive_mode,
+            "memory": {
+                "budget_bytes": engine_options(self.recipe).memory_budget_bytes,
+                "expected_peak_bytes": stream.memory.peak_bytes,
+                "quantize_peak_rss_bytes": self.quantize_peak_rss_bytes,
+                **asdict(stream.memory),
+            },
             "layers": [asdict(layer) for layer in stream.layers],
             "fallbacks": [layer.name for layer in stream.layers if layer.diagnostics.get("fallbacks", 0) > 0],
             "calibration": {
@@ -269,65 +346,35 @@ class _Run:
             },
             "seed": self.recipe.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "versions": {
-                "quantlab": __version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "versions": {"python": platform.python_version(), **_versions()},
             "threads": torch.get_num_threads(),
             "command": command,
             "files": files,
         }
 
 
-class _LoggedProgress:
-    """Passes progress on and writes every event to the run's log."""
-
-    def __init__(self, progress: Progress, log: TextIO) -> None:
-        self._progress = progress
-        self._log = log
-
-    def begin(self, stage: str, total: int, unit: str) -> None:
-        self._write(f"{stage}: {total} {unit}")
-        self._progress.begin(stage, total, unit)
-
-    def advance(self, count: int = 1, detail: str = "") -> None:
-        if detail:
-            self._write(detail)
-        self._progress.advance(count, detail)
-
-    def _write(self, line: str) -> None:
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), line, file=self._log, flush=True)
+def _require_reproduced(logits: Tensor, stream: StreamResult) -> None:
+    if not torch.equal(logits, stream.check_logits):
+        difference = (logits - stream.check_logits).abs().max().item()
+        raise QualityError(
+            f"the written checkpoint does not reproduce the quantized model: logits differ by up to "
+            f"{difference:.3g} on a batch of calibration text"
+        )
 
 
-@contextmanager
-def _staged(output_dir: Path) -> Iterator[Path]:
-    """A folder beside the final one that takes its name on success and disappears on failure."""
-    new_parents = [parent for parent in output_dir.parents if not parent.exists()]  # the innermost first
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=output_dir.parent))
-    try:
-        yield staging
-        staging.chmod(0o755)
-        staging.replace(output_dir)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        with suppress(OSError):  # another run may have put its folder there by now
-            for parent in new_parents:
-                parent.rmdir()
-        raise
+def _versions() -> dict[str, str]:
+    """Of everything that the result depends on besides the method."""
+    return {"quantlab": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _options(quantizer: LayerQuantizer) -> dict[str, Any]:
     return asdict(cast(Any, quantizer))  # the registry admits dataclasses only
 
 
-def _peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    _write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

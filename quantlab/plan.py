@@ -1,79 +1,118 @@
 """What a run would do, and whether it can: known before any weight is read."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
+from quantlab.api import Statistic
 from quantlab.calibration.sources import FILE_PREFIX
-from quantlab.engine.linears import find_linears, require_quantizable, weight_of
+from quantlab.engine.memory import MemoryPlan, plan_memory
+from quantlab.engine.options import EngineOptions
+from quantlab.engine.statistics import StatisticsOptions, require_collectable
+from quantlab.engine.survey import survey_model
 from quantlab.errors import ModelError, RecipeError
 from quantlab.recipe import Recipe
-from quantlab.skeleton import build_skeleton, find_blocks, read_config, weight_files
+from quantlab.recipe.layers import LayerMethod, MethodAssignment
+from quantlab.recipe.size import parse_size
+
+DEFAULT_LENGTH = 2048
+"""Tokens per window in the literature, where the model's context holds as many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedLayer:
+    """One linear layer.
+
+    Attributes:
+        name: full name in the model.
+        shape: (out_features, in_features).
+        method: how it is quantized; None keeps it in floating point.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    method: LayerMethod | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run would do, known before any weight is read."""
+    """What a run would do, known before any weight is read.
+
+    Attributes:
+        architecture: class name of the model.
+        parameters: of the whole model.
+        num_blocks: decoder blocks.
+        layers: the linear layers inside the blocks, experts one by one.
+        calibration_tokens: tokens of calibration text.
+        itemsize: bytes per value of what the model computes in.
+        work_bytes: of the hidden states that are on disk while the run lasts.
+        memory: how the work is cut, and what it occupies.
+    """
 
     architecture: str
-    num_blocks: int
-    num_layers: int
     parameters: int
-    quantized_parameters: int
-    bits: int
-    group_size: int | None
+    num_blocks: int
+    layers: tuple[PlannedLayer, ...]
     calibration_tokens: int
-    largest_hessian_bytes: int
-    source_bytes: int
+    itemsize: int
+    work_bytes: int
+    memory: MemoryPlan
 
-    def rows(self) -> list[tuple[str, str]]:
-        """The plan for display, as (what, value)."""
-        share = self.quantized_parameters / self.parameters
-        return [
-            ("architecture", self.architecture),
-            ("decoder blocks", str(self.num_blocks)),
-            ("layers to quantize", str(self.num_layers)),
-            ("parameters", f"{self.parameters:,} ({share:.1%} quantized)"),
-            ("bits", str(self.bits)),
-            ("codebooks", "per row" if self.group_size is None else f"per group of {self.group_size}"),
-            ("calibration tokens", f"{self.calibration_tokens:,}"),
-            ("largest Hessian", f"{self.largest_hessian_bytes / 2**20:.1f} MiB"),
-            ("size of the source weights", f"{self.source_bytes / 2**20:.1f} MiB"),
-        ]
+    @property
+    def quantized(self) -> tuple[PlannedLayer, ...]:
+        """The layers that are quantized."""
+        return tuple(layer for layer in self.layers if layer.method is not None)
+
+    @property
+    def quantized_parameters(self) -> int:
+        """Weights in those layers."""
+        return sum(math.prod(layer.shape) for layer in self.quantized)
 
 
-def plan_run(recipe: Recipe, model_folder: Path) -> Plan:
+def plan_run(assignment: MethodAssignment, config: PretrainedConfig) -> Plan:
     """Examine recipe and model together without reading weights.
+
+    Args:
+        assignment: the recipe and its methods.
+        config: of the model.
 
     Raises:
         ModelError: the model cannot be streamed.
-        RecipeError: recipe and model do not fit together.
+        RecipeError: recipe and model do not fit together; all problems at once.
     """
-    config = read_config(model_folder)
-    _require_fitting_windows(recipe, config)
-    _require_separate_texts(recipe)
-    model = build_skeleton(config, compute_dtype(recipe, config))
-    prefix, blocks = find_blocks(model)
-    shapes = []
-    for index, block in enumerate(blocks):
-        require_quantizable(block, f"{prefix}.{index}")
-        for name, linear in find_linears(block).items():
-            shapes.append(tuple(weight_of(linear).shape))
-            _require_fitting_groups(recipe, f"{prefix}.{index}.{name}", shapes[-1][1])
+    recipe = assignment.loaded.recipe
+    problems = [*_window_problems(recipe, config), *_text_problems(recipe)]
+    dtype = compute_dtype(recipe, config)
+    survey = survey_model(config, dtype)
+    layers = tuple(
+        PlannedLayer(name=name, shape=shape, method=assignment.of(name)) for name, shape in survey.layers.items()
+    )
+    problems += [*_group_problems(layers), *_rule_problems(assignment, layers)]
+    samples, length = recipe.calibration.num_samples, window_length(recipe.calibration.sequence_length, config)
+    statistics = statistics_options(recipe, [layer.method for layer in layers if layer.method is not None])
+    memory = None
+    try:
+        require_collectable(statistics, config, survey.unfused_experts)
+        memory = plan_memory(survey.sizes, samples, length, engine_options(recipe), statistics)
+    except (ModelError, RecipeError) as error:
+        problems.append(str(error))
+    if problems or memory is None:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise RecipeError(f"recipe {assignment.loaded.path} cannot be run on this model: {count}{lines}")
+    chains = 2 if statistics.float_inputs else 1
     return Plan(
-        architecture=type(model).__name__,
-        num_blocks=len(blocks),
-        num_layers=len(shapes),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        quantized_parameters=sum(math.prod(shape) for shape in shapes),
-        bits=recipe.method.bits,
-        group_size=recipe.method.group_size,
-        calibration_tokens=recipe.calibration.num_samples * recipe.calibration.sequence_length,
-        largest_hessian_bytes=4 * max(shape[1] for shape in shapes) ** 2,
-        source_bytes=sum(file.stat().st_size for file in weight_files(model_folder)),
+        architecture=survey.architecture,
+        parameters=survey.parameters,
+        num_blocks=survey.num_blocks,
+        layers=layers,
+        calibration_tokens=samples * length,
+        itemsize=dtype.itemsize,
+        work_bytes=2 * chains * samples * length * survey.sizes.hidden_size * dtype.itemsize,
+        memory=memory,
     )
 
 
@@ -85,29 +124,80 @@ def compute_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
     return dtype
 
 
-def _require_fitting_windows(recipe: Recipe, config: PretrainedConfig) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
-    sections = {"calibration": recipe.calibration.sequence_length, "evaluation": recipe.evaluation.sequence_length}
-    for section, length in sections.items():
-        if limit is not None and length > limit:
-            raise RecipeError(
+def window_length(asked: int | None, config: PretrainedConfig) -> int:
+    """Tokens per window: as asked for, or 2048, or the model's context if that is shorter."""
+    return asked or min(DEFAULT_LENGTH, _context(config) or DEFAULT_LENGTH)
+
+
+def engine_options(recipe: Recipe) -> EngineOptions:
+    """How a recipe wants the machine to be used."""
+    budget = recipe.engine.memory_budget
+    return EngineOptions(
+        memory_budget_bytes=None if budget is None else parse_size(budget), activations=recipe.engine.activations
+    )
+
+
+def statistics_options(recipe: Recipe, methods: Sequence[LayerMethod]) -> StatisticsOptions:
+    """What a recipe and its methods want measured.
+
+    Raises:
+        RecipeError: its wishes contradict each other.
+    """
+    section = recipe.calibration
+    try:
+        return StatisticsOptions(
+            inputs=section.inputs,
+            target_alpha=section.target_alpha,
+            saliency_groups=section.saliency_groups,
+            fisher=any(Statistic.FISHER in method.quantizer.info.needs for method in methods),
+        )
+    except ValueError as error:
+        raise RecipeError(f"section calibration: {error}") from error
+
+
+def _context(config: PretrainedConfig) -> int | None:
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    return context
+
+
+def _window_problems(recipe: Recipe, config: PretrainedConfig) -> Iterator[str]:
+    limit = _context(config)
+    for section, length in (
+        ("calibration", recipe.calibration.sequence_length),
+        ("evaluation", recipe.evaluation.sequence_length),
+    ):
+        if limit is not None and length is not None and length > limit:
+            yield (
                 f"{section}.sequence_length={length} is longer than the model's context of {limit} tokens; "
                 f"use --set {section}.sequence_length={limit} or less"
             )
 
 
-def _require_separate_texts(recipe: Recipe) -> None:
-    shared = recipe.calibration.name
-    if shared.startswith(FILE_PREFIX) and shared in recipe.evaluation.perplexity:
-        raise RecipeError(
-            f"calibration and evaluation both read {shared}; evaluate on text that the method has not seen"
+def _text_problems(recipe: Recipe) -> Iterator[str]:
+    source = recipe.calibration.name
+    if source.startswith(FILE_PREFIX) and source in recipe.evaluation.perplexity:
+        yield f"calibration and evaluation both read {source}; evaluate on text that the method has not seen"
+
+
+def _group_problems(layers: Sequence[PlannedLayer]) -> Iterator[str]:
+    """Group sizes that do not divide the width of a layer, each with all the layers it does not fit."""
+    unfit: dict[tuple[int, int], list[str]] = {}
+    for layer in layers:
+        size = layer.method.spec.group_size if layer.method is not None else None
+        if size is not None and layer.shape[1] % size:
+            unfit.setdefault((layer.shape[1], size), []).append(layer.name)
+    for (columns, size), names in unfit.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield (
+            f"{names[0]}{others}: in_features={columns} is not a multiple of group_size={size}; choose a divisor, or "
+            "group_size: null for one codebook per row"
         )
 
 
-def _require_fitting_groups(recipe: Recipe, layer: str, in_features: int) -> None:
-    size = recipe.method.group_size
-    if size is not None and in_features % size:
-        raise ModelError(
-            f"{layer}: in_features={in_features} is not a multiple of method.group_size={size}; "
-            "choose a divisor, or group_size: null for one codebook per row"
-        )
+def _rule_problems(assignment: MethodAssignment, layers: Sequence[PlannedLayer]) -> Iterator[str]:
+    try:
+        assignment.require_use(layer.name for layer in layers)
+    except RecipeError as error:
+        yield str(error)
+    if not any(layer.method for layer in layers):
+        yield "the layer rules keep every layer in floating point, so nothing is left to quantize"

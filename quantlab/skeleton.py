@@ -4,8 +4,8 @@ The skeleton is the ordinary transformers module tree with parameters on the met
 Parts are filled from the safetensors files through transformers' own state-dict conversion, so that every
 renaming and fusing of a checkpoint is done by the code that defines it.
 
-Every use of private transformers API in quantlab stands in this module; `tests/engine/test_skeleton.py` says
-which assumption broke when a release changes it.
+Every use of private transformers API in quantlab stands in this module and in `quantlab.experts`;
+`tests/engine/test_skeleton_assumptions.py` says which assumption broke when a release changes it.
 """
 
 import copy
@@ -31,6 +31,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from quantlab.errors import ModelError
+
+MIN_BLOCK_SHARE = 0.75  # of the weights of the decoder without embeddings and output head
+ALIGNMENT_BYTES = 64  # what PyTorch gives to the tensors that it allocates itself
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -68,22 +71,46 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The decoder blocks and their common name, for example ("model.layers", ModuleList of 32).
 
+    Of the outermost lists of modules it is, in this order of preference, one inside the text decoder (not a vision
+    tower), one of modules that transformers says not to split over devices, the longest, the one with most weights.
+
     Raises:
-        ModelError: no list of blocks is found.
+        ModelError: no list of blocks is found that holds most of the decoder.
     """
+    decoder: nn.Module = model.get_decoder()
     indivisible = set(model._no_split_modules or ())
-    candidates = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and {type(block).__name__ for block in module} <= indivisible
-    ]
-    if not candidates:
+    inside = {id(module) for module in decoder.modules()}
+
+    def preference(candidate: tuple[str, nn.ModuleList]) -> tuple[bool, bool, int, int]:
+        blocks = candidate[1]
+        classes = {type(block).__name__ for block in blocks}
+        return id(blocks) in inside, classes <= indivisible, len(blocks), _num_weights(blocks)
+
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
+    outermost = [item for item in lists if not any(item[0].startswith(name + ".") for name, _ in lists)]
+    name, blocks = max(outermost, key=preference, default=("", nn.ModuleList()))
+    body = _num_weights(decoder if id(blocks) in inside else model)
+    if _num_weights(blocks) < MIN_BLOCK_SHARE * body:
         raise ModelError(
-            f"{type(model).__name__}: no list of decoder blocks found (transformers names {sorted(indivisible)})"
+            f"{type(model).__name__}: no list of decoder blocks found"
+            + (f"; the best candidate, {name}, holds {_num_weights(blocks):,} of {body:,} weights" if name else "")
         )
-    return max(candidates, key=lambda candidate: len(candidate[1]))
+    return name, blocks
+
+
+def _num_weights(module: nn.Module) -> int:
+    """Weights of a module without embeddings and output head; a quantized layer counts like the one it replaced."""
+    head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+    count = 0
+    for child in module.modules():
+        if isinstance(child, nn.Embedding) or child is head:
+            continue
+        rows, columns = getattr(child, "out_features", None), getattr(child, "in_features", None)
+        if isinstance(rows, int) and isinstance(columns, int):
+            count += rows * columns
+        else:
+            count += sum(parameter.numel() for parameter in child.parameters(recurse=False))
+    return count
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -105,9 +132,9 @@ def tie_weights(model: PreTrainedModel, missing: set[str]) -> None:
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
 
 
-def unload(module: nn.Module) -> None:
-    """Give the parameters of a module back to the meta device; buffers stay."""
-    for child in module.modules():
+def unload(module: nn.Module, *, recurse: bool = True) -> None:
+    """Give the parameters of a module, and of those inside it, back to the meta device; buffers stay."""
+    for child in module.modules() if recurse else [module]:
         for name, parameter in child._parameters.items():
             if parameter is not None:
                 child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
@@ -122,7 +149,7 @@ class WeightSource:
         dtype: the dtype that weights are converted to on loading.
 
     Raises:
-        ModelError: weight files are missing or damaged.
+        ModelError: weight files are missing or damaged, or blocks share weights.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -135,6 +162,7 @@ class WeightSource:
             weight_mapping=self._mapping,  # type: ignore[arg-type]  # declared as a list of their common base
         )
         prefix, self._blocks = find_blocks(model)
+        _require_separate_blocks(model, prefix, self._blocks)
         self._block_prefix = prefix + "."
         self._parts: dict[int | None, list[tuple[Path, str]]] = {}  # None: everything outside the blocks
         files = {file: _open(file).keys() for file in weight_files(folder)}
@@ -154,6 +182,17 @@ class WeightSource:
         outside = (item for item in self._model.named_parameters() if not item[0].startswith(self._block_prefix))
         self._require_loaded("", outside)
 
+    def unload_rest(self) -> None:
+        """Give the parameters outside the decoder blocks back to the meta device, until `load_rest`."""
+        blocks = {id(module) for module in self._blocks.modules()}
+        for module in self._model.modules():
+            if id(module) not in blocks:
+                unload(module, recurse=False)
+
+    def block_tensors(self, index: int) -> list[tuple[Path, str]]:
+        """File and key of every tensor that `load_block` reads."""
+        return self._parts.get(index, [])
+
     def _load(self, part: int | None) -> set[str]:
         by_file: dict[Path, list[str]] = {}
         for file, key in self._parts.get(part, ()):
@@ -164,6 +203,7 @@ class WeightSource:
             info, _ = convert_and_load_state_dict_in_model(self._model, state, self._load_config)
         if info.mismatched_keys or info.conversion_errors:
             raise ModelError(f"{self._folder}: weights do not fit: {info.mismatched_keys or info.conversion_errors}")
+        align(self._model)
         missing: set[str] = info.missing_keys
         return missing
 
@@ -186,6 +226,28 @@ class WeightSource:
                 f"{self._folder}: {len(absent)} weights are missing, the first is {absent[0]}; "
                 "the folder may be an incomplete download"
             )
+
+
+def align(model: nn.Module) -> None:
+    """Copy weights that start at odd addresses, as they may in a mapped file.
+
+    Matrix products can round differently for them; results must not depend on where a weight lies in its file.
+    """
+    for parameter in model.parameters():
+        if not parameter.is_meta and parameter.data_ptr() % ALIGNMENT_BYTES:
+            parameter.data = parameter.data.clone()
+
+
+def _require_separate_blocks(model: PreTrainedModel, prefix: str, blocks: nn.ModuleList) -> None:
+    owners: dict[int, str] = {}
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters(f"{prefix}.{index}"):
+            owner = owners.setdefault(id(parameter), name)
+            if not owner.startswith(f"{prefix}.{index}."):
+                raise ModelError(
+                    f"{type(model).__name__}: the blocks share weights ({name} is {owner}), so they cannot be "
+                    "quantized one at a time"
+                )
 
 
 def weight_files(folder: Path) -> list[Path]:

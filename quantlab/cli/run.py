@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from quantlab.cli.options import Session, examples, recipe_options, verbose_option
+from quantlab.cli.stopping import StopSignals
 
 _FILE_WIDTH = 120  # rich assumes 80 columns where there is no terminal, which would wrap the table
 
@@ -23,9 +24,8 @@ _FILE_WIDTH = 120  # rich assumes 80 columns where there is no terminal, which w
     "--output-dir",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="The folder to create.  [default: runs/RECIPE-MODEL]",
+    help="The folder to create, or to continue in.  [default: runs/RECIPE-MODEL]",
 )
-@click.option("--dry-run", is_flag=True, help="Check everything and print the plan; read no weights, write nothing.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress; only the result.")
 @verbose_option
 @click.pass_obj
@@ -35,41 +35,35 @@ def run(
     model: str | None,
     overrides: tuple[str, ...],
     output_dir: Path | None,
-    dry_run: bool,
     quiet: bool,
 ) -> None:
     """Quantize a model as RECIPE says, evaluate it, and write a run folder.
 
     RECIPE is a file or the name of a built-in recipe. The run folder holds the quantized model, the recipe,
-    all measurements and report.md; it appears only when the run is complete.
+    all measurements and report.md.
+
+    A run that is stopped (Ctrl-C, SIGTERM), killed, or out of disk space or memory keeps its finished blocks: the
+    same command continues it, with the same result.
     """
     from quantlab.cli.progress import choose_progress
     from quantlab.models import resolve_model
-    from quantlab.recipe import check_method, load_recipe
+    from quantlab.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides, model=model)
 
     # Imports torch: not before the recipe is known good.
-    from quantlab.pipeline import default_output_dir, execute, require_free
-    from quantlab.plan import plan_run
+    from quantlab.pipeline import default_output_dir, execute
+    from quantlab.recipe.layers import assign_methods
+    from quantlab.workspace import require_free
 
     folder = output_dir or default_output_dir(loaded)
     require_free(folder)
-    quantizer = check_method(loaded)
+    assignment = assign_methods(loaded)
     model_folder = resolve_model(loaded.recipe.model.path)
-    if dry_run:
-        _print_plan([*plan_run(loaded.recipe, model_folder).rows(), ("output folder", str(folder))])
-        return
-    with choose_progress(quiet=quiet) as progress:
+    with choose_progress(quiet=quiet) as progress, StopSignals() as stop:
         command = shlex.join(["quantlab", *session.arguments])
-        finished = execute(loaded, quantizer, model_folder, folder, progress, command)
+        finished = execute(assignment, model_folder, folder, progress, command, stop)
     _print_result(finished)
-
-
-def _print_plan(rows: list[tuple[str, str]]) -> None:
-    width = max(len(what) for what, _ in rows)
-    for what, value in rows:
-        click.echo(f"{what:<{width}}  {value}")
 
 
 def _print_result(folder: Path) -> None:

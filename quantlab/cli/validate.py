@@ -17,12 +17,13 @@ def validate(recipes: tuple[str, ...]) -> None:
 
     Exits 78 if any recipe has a problem.
     """
-    from quantlab.recipe import check_method, load_recipe
+    from quantlab.recipe import load_recipe
+    from quantlab.recipe.layers import assign_methods
 
     failed = 0
     for recipe in recipes:
         try:
-            check_method(load_recipe(recipe))
+            assign_methods(load_recipe(recipe))
         except QuantlabError as error:
             failed += 1
             click.echo(str(error), err=True)

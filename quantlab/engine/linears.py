@@ -2,18 +2,41 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantlab.errors import ModelError
+from quantlab.experts import fused_experts
 
 MIN_QUANTIZED_SHARE = 0.9
+# Time steps of state-space layers and weights of sparse-attention indexers, which models read without calling them,
+# and a router that is called twice in a block.
+KEPT_NAMES = frozenset({"dt_proj", "weights_proj", "modality_router"})
+ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a block that are quantized, by their name inside the block, in definition order."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    """The layers of a block that are quantized, by their name inside the block, in definition order.
+
+    Routers stay as they are: they are small, and a token that goes to the wrong expert is lost altogether. So do
+    classes derived from `nn.Linear` that compute something else.
+    """
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if type(module).forward in (nn.Linear.forward, Conv1D.forward)
+        and name.rpartition(".")[2] not in KEPT_NAMES
+        and not _is_router(block, name)
+    }
+
+
+def _is_router(block: nn.Module, name: str) -> bool:
+    """Whether a layer decides beside a set of experts how much of what they compute is used."""
+    parts = name.split(".")
+    return any(
+        part in ROUTER_NAMES and hasattr(block.get_submodule(".".join(parts[:depth])), "experts")
+        for depth, part in enumerate(parts)
+    )
 
 
 def weight_of(linear: nn.Module) -> Tensor:
@@ -29,18 +52,20 @@ def bias_of(linear: nn.Module) -> Tensor | None:
 
 
 def require_quantizable(block: nn.Module, name: str) -> None:
-    """Refuse a block whose weights are mostly not in linear layers, which would silently stay as they are.
+    """Refuse a block whose weights are mostly not in linear layers or experts, which would silently stay as they are.
 
     Raises:
-        ModelError: for example fused mixture-of-experts weights.
+        ModelError: for example fused experts of a layout that cannot be taken apart.
     """
     total = sum(parameter.numel() for parameter in block.parameters())
     covered = sum(weight_of(linear).numel() for linear in find_linears(block).values())
+    for experts in fused_experts(block):
+        covered += sum(weight.numel() for weight in block.get_submodule(experts).parameters())
     if covered < MIN_QUANTIZED_SHARE * total:
         largest = max(block.named_parameters(), key=lambda item: item[1].numel())[0]
         raise ModelError(
-            f"{name}: only {covered / total:.0%} of its {total:,} weights are in linear layers (the largest other "
-            f"weight is {largest}); fused mixture-of-experts weights are not supported yet"
+            f"{name} ({type(block).__name__}): only {covered / total:.0%} of its {total:,} weights are in linear layers"
+            f" or in experts of a known layout; the largest other weight is {largest}"
         )
 
 
@@ -52,13 +77,17 @@ def group_by_input(linears: dict[str, nn.Module], forward: Callable[[], object])
         forward: runs the block once.
 
     Raises:
-        ModelError: a layer is not called, so that nothing is known about its inputs.
+        ModelError: a layer is not called, so that nothing is known about its inputs, or called twice.
     """
     inputs: list[Tensor] = []  # kept alive, so that identity is meaningful
     groups: list[list[str]] = []
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if any(name in group for group in groups):
+                raise ModelError(
+                    f"the layer {name!r} is called twice in a forward pass of its block, so that it has no single input"
+                )
             for known, group in zip(inputs, groups, strict=True):
                 if known is args[0]:
                     group.append(name)
@@ -78,26 +107,3 @@ def group_by_input(linears: dict[str, nn.Module], forward: Callable[[], object])
     if uncalled:
         raise ModelError(f"the layers {sorted(uncalled)} are never called in a forward pass of their block")
     return groups
-
-
-class HessianAccumulator:
-    """Accumulates the mean over tokens of x xᵀ in float32, whatever the dtype of the activations.
-
-    Args:
-        in_features: length of x.
-        device: where to accumulate.
-    """
-
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self._sum = torch.zeros(in_features, in_features, device=device)
-        self.num_tokens = 0
-
-    def add(self, inputs: Tensor) -> None:
-        """Add every token of a batch: (..., in_features)."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        self._sum.addmm_(rows.T, rows)
-        self.num_tokens += rows.shape[0]
-
-    def mean(self) -> Tensor:
-        """The Hessian: (in_features, in_features) float32."""
-        return self._sum / self.num_tokens

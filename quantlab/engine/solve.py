@@ -1,70 +1,36 @@
 """Solve the layers that share one input: stack their rows, call the method, verify and measure the answer.
 
-Layers with the same input share their Hessian, and the rows of a row-independent method are separate problems,
-so their weights are stacked and solved as one: the factorisation is done once and the products are larger.
+Rows of a row-independent method are separate problems, so that the rows of layers with the same Hessian and the same
+options are stacked and solved as one: the factorisation is done once and the products are larger. Rows with Hessians
+of their own (`saliency_groups`) are solved apart.
 """
 
 import hashlib
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from quantlab.api import (
-    Codebook,
-    CodebookSpec,
-    InputStatistics,
-    LayerProblem,
-    LayerQuantizer,
-    Lut,
-    Outliers,
-    QuantizedLayer,
-    layer_loss,
-)
+from quantlab.api import CodebookSpec, InputStatistics, LayerProblem, LayerQuantizer, QuantizedLayer, Statistic
 from quantlab.engine.linears import bias_of, weight_of
-from quantlab.errors import NumericalError, PluginError, QualityError
+from quantlab.engine.measure import LayerResult, measure_layer
+from quantlab.engine.moments import Moments
+from quantlab.engine.rows import join_rows, split_rows
+from quantlab.engine.statistics import GroupStatistics, row_groups
+from quantlab.engine.target import targets_of
+from quantlab.engine.verify import verify_answer
+from quantlab.errors import NumericalError, QualityError
 from quantlab.runtime import LutLinear
-from quantlab.solvers.grid import round_to_nearest
-
-REPORTED_LOSS_TOLERANCE = 1e-3  # relative; methods accumulate in float32, the engine in float64
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerResult:
-    """What is reported about one quantized layer.
-
-    Attributes:
-        name: the layer's name in the model.
-        shape: (out_features, in_features).
-        bits: code width.
-        group_size: inputs per codebook, or None for one codebook per row.
-        storage_bits: everything stored in place of the weight: codes, codebook or scales, outliers.
-        num_tokens: calibration tokens behind the Hessian.
-        relative_loss: tr(E H Eᵀ) / tr(W H Wᵀ) after rounding to storage precision.
-        rtn_relative_loss: the same for round-to-nearest with the same budget.
-        diagnostics: what the method reported for the stack of layers that were solved together.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    bits: int
-    group_size: int | None
-    storage_bits: int
-    num_tokens: int
-    relative_loss: float
-    rtn_relative_loss: float
-    diagnostics: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolveOptions:
-    """What is the same for every layer of a run.
+    """How a layer is to be quantized.
 
     Attributes:
         quantizer: the method.
-        spec: the storage budget of every layer.
+        spec: the storage budget.
         seed: the run's seed; each problem derives its own from it and its name.
         allow_fallbacks: whether the method may depart from its options where a layer forces it to.
     """
@@ -78,152 +44,145 @@ class SolveOptions:
 Solved = dict[str, tuple[LutLinear, LayerResult]]
 
 
-def solve_layers(linears: Mapping[str, nn.Module], statistics: InputStatistics, options: SolveOptions) -> Solved:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Part:
+    """Rows of one layer that belong together: one row group of it, or a piece of one."""
+
+    layer: str
+    rows: slice
+    whole: bool
+    moments: Moments
+
+    @property
+    def name(self) -> str:
+        return self.layer if self.whole else f"{self.layer}[{self.rows.start}:{self.rows.stop}]"
+
+    @property
+    def size(self) -> int:
+        return int(self.rows.stop - self.rows.start)
+
+
+def solve_layers(
+    linears: Mapping[str, nn.Module],
+    statistics: GroupStatistics,
+    options: Mapping[str, SolveOptions],
+    max_rows: int | None = None,
+) -> Solved:
     """Quantize layers that share one input.
 
     Args:
         linears: layers by their full name in the model.
         statistics: of the shared input.
-        options: the method and its budget.
+        options: by layer; layers whose options differ are solved apart.
+        max_rows: most rows that a row-independent method is given at once, to bound its memory; None for all.
 
     Returns:
         By name, the module that takes the layer's place and what is reported about it.
 
     Raises:
         PluginError: the method broke its contract.
-        QualityError: the method departed from its options, and may not.
+        QualityError: the method departed from its options, and may not; or it has no statistics to go by.
         NumericalError: the layers cannot be solved: values that are not finite, or a singular system.
     """
-    if options.quantizer.info.row_independent:
-        return _solve_stack(linears, statistics, options)
-    return {
-        name: solved
-        for layer, linear in linears.items()
-        for name, solved in _solve_stack({layer: linear}, statistics, options).items()
-    }
-
-
-def _solve_stack(linears: Mapping[str, nn.Module], statistics: InputStatistics, options: SolveOptions) -> Solved:
-    quantizer, spec = options.quantizer, options.spec
     weights = {name: weight_of(linear).detach() for name, linear in linears.items()}
-    stack_name = " + ".join(weights)
+    targets = targets_of(weights, statistics)
+    answers: dict[str, dict[int, QuantizedLayer]] = {name: {} for name in linears}  # by layer and first row
+    for stack in _stacks(weights, statistics, options, max_rows):
+        answer = _solve_stack(stack, targets, statistics, options[stack[0].layer])
+        for part, piece in zip(stack, split_rows(answer, [part.size for part in stack]), strict=True):
+            answers[part.layer][part.rows.start] = replace(piece, diagnostics=answer.diagnostics)
+    solved: Solved = {}
+    for name, linear in linears.items():
+        pieces = [piece for _, piece in sorted(answers[name].items(), key=lambda item: item[0])]
+        spec = options[name].spec
+        module = LutLinear.from_layer(join_rows(pieces), spec, bias_of(linear))
+        diagnostics = [piece.diagnostics for piece in pieces]
+        result = measure_layer(name, weights[name], targets[name], module, spec, statistics, diagnostics)
+        solved[name] = (module, result)
+    return solved
+
+
+def _stacks(
+    weights: Mapping[str, Tensor],
+    statistics: GroupStatistics,
+    options: Mapping[str, SolveOptions],
+    max_rows: int | None,
+) -> list[list[_Part]]:
+    """The rows of all layers, arranged in problems."""
+    stacks: list[list[_Part]] = []
+    for layer, weight in weights.items():
+        independent = options[layer].quantizer.info.row_independent
+        for part in _parts(layer, len(weight), statistics.moments[layer], max_rows if independent else None):
+            for stack in reversed(stacks):  # from the last, so that pieces of one layer stay in order
+                fits = max_rows is None or sum(other.size for other in stack) + part.size <= max_rows
+                same = stack[0].moments is part.moments and options[stack[0].layer] == options[layer]
+                if independent and fits and same:
+                    stack.append(part)
+                    break
+            else:
+                stacks.append([part])
+    return stacks
+
+
+def _parts(layer: str, out_features: int, moments: tuple[Moments, ...], max_rows: int | None) -> list[_Part]:
+    parts = []
+    for group, own in zip(row_groups(out_features, len(moments)), moments, strict=True):
+        for start in range(group.start, group.stop, max_rows or out_features):
+            rows = slice(start, min(group.stop, start + (max_rows or out_features)))
+            whole = rows.stop - rows.start == out_features
+            parts.append(_Part(layer=layer, rows=rows, whole=whole, moments=own))
+    return parts
+
+
+def _solve_stack(
+    stack: list[_Part], targets: Mapping[str, Tensor], statistics: GroupStatistics, options: SolveOptions
+) -> QuantizedLayer:
+    quantizer, name = options.quantizer, " + ".join(part.name for part in stack)
+    uninformed = statistics.num_tokens == 0 and bool(quantizer.info.needs)
+    if uninformed and not options.allow_fallbacks:
+        raise QualityError(
+            f"{name}: no calibration token reached this layer, so that {quantizer.info.name} has nothing to go by; "
+            "calibrate on more text, or accept it with allow_fallbacks: true"
+        )
+    problem_statistics = _statistics_for(stack, statistics, quantizer) if quantizer.info.needs else None
     try:
         problem = LayerProblem(
-            name=stack_name,
-            weight=torch.cat(list(weights.values())).float(),
-            spec=spec,
-            statistics=statistics if quantizer.info.needs else None,
-            seed=_derive_seed(options.seed, stack_name),
+            name=name,
+            weight=_gather(stack, targets).float(),
+            spec=options.spec,
+            statistics=problem_statistics,
+            seed=_derive_seed(options.seed, name),
         )
         answer = quantizer.quantize(problem)
     except ValueError as error:  # values that are not finite, or a request that the method refuses
         raise NumericalError(f"{quantizer.info.name} cannot quantize {error}") from error
     except NumericalError as error:
-        raise NumericalError(f"{quantizer.info.name} cannot quantize {stack_name}: {error}") from error
-    verify_answer(problem, answer, statistics.hessian)
+        raise NumericalError(f"{quantizer.info.name} cannot quantize {name}: {error}") from error
+    verify_answer(problem, answer, stack[0].moments.hessian)
     if answer.diagnostics.get("fallbacks", 0) > 0 and not options.allow_fallbacks:
         reported = ", ".join(f"{key}={value:g}" for key, value in answer.diagnostics.items())
         raise QualityError(
-            f"{stack_name}: {quantizer.info.name} could not keep to its options on this layer ({reported}); change "
+            f"{name}: {quantizer.info.name} could not keep to its options on this layer ({reported}); change "
             "the options, calibrate on more text, or accept it with allow_fallbacks: true"
         )
-
-    solved = {}
-    parts = split_rows(answer, [weight.shape[0] for weight in weights.values()])
-    for (name, weight), part in zip(weights.items(), parts, strict=True):
-        module = LutLinear.from_layer(part, spec, bias_of(linears[name]))
-        solved[name] = (module, _measure(name, weight, module, spec, statistics, answer.diagnostics))
-    return solved
+    if uninformed:
+        fallbacks = answer.diagnostics.get("fallbacks", 0) + 1
+        answer = replace(answer, diagnostics={**answer.diagnostics, "fallbacks": fallbacks})
+    return answer
 
 
-def _measure(
-    name: str,
-    weight: Tensor,
-    module: LutLinear,
-    spec: CodebookSpec,
-    statistics: InputStatistics,
-    diagnostics: Mapping[str, float],
-) -> LayerResult:
-    hessian = statistics.hessian.double()  # once, since every loss is computed in float64
-    scale = layer_loss(weight, torch.zeros_like(weight), hessian).sum().item() or 1.0
-    baseline = round_to_nearest(weight.float(), spec).dequantize()
-    return LayerResult(
-        name=name,
-        shape=(weight.shape[0], weight.shape[1]),
-        bits=spec.bits,
-        group_size=spec.group_size,
-        storage_bits=module.storage_bits,
+def _statistics_for(stack: list[_Part], statistics: GroupStatistics, quantizer: LayerQuantizer) -> InputStatistics:
+    wanted = Statistic.FISHER in quantizer.info.needs
+    return InputStatistics(
+        hessian=stack[0].moments.hessian,
         num_tokens=statistics.num_tokens,
-        relative_loss=layer_loss(weight, module.dequantize(), hessian).sum().item() / scale,
-        rtn_relative_loss=layer_loss(weight, baseline, hessian).sum().item() / scale,
-        diagnostics=diagnostics,
+        fisher=_gather(stack, statistics.fisher) if wanted else None,
     )
 
 
-def verify_answer(problem: LayerProblem, answer: QuantizedLayer, hessian: Tensor) -> None:
-    """Check an answer against the contract.
-
-    Raises:
-        PluginError: wrong shapes, dtypes or code range, values that are not finite, or a wrong reported loss.
-    """
-
-    def require(condition: bool, what: str) -> None:
-        if not condition:
-            raise PluginError(f"{problem.name}: the method broke the LayerQuantizer contract: {what}")
-
-    spec = problem.spec
-    groups = 1 if spec.group_size is None else problem.in_features // spec.group_size
-    shape = (problem.out_features, problem.in_features)
-    require(
-        answer.codes.dtype == torch.uint8 and tuple(answer.codes.shape) == shape,
-        f"codes are {answer.codes.dtype} {tuple(answer.codes.shape)}, expected uint8 {shape}",
-    )
-    require(int(answer.codes.max()) < spec.levels, f"code {int(answer.codes.max())} is not below {spec.levels}")
-    levels = answer.codebook.levels()
-    expected = (problem.out_features, groups, spec.levels)
-    require(tuple(levels.shape) == expected, f"the codebook has shape {tuple(levels.shape)}, expected {expected}")
-    require(bool(torch.isfinite(levels).all()), "the codebook contains NaN or infinity")
-    if answer.outliers is not None:
-        require(bool(torch.isfinite(answer.outliers.values).all()), "outliers contain NaN or infinity")
-    require(all(map(math.isfinite, answer.diagnostics.values())), "diagnostics contain NaN or infinity")
-    if "loss" in answer.diagnostics:
-        reported = answer.diagnostics["loss"]
-        actual = layer_loss(problem.weight, answer.dequantize(), hessian).sum().item()
-        # The floor allows for float32 round-off where the loss is next to nothing.
-        floor = 1e-10 * layer_loss(problem.weight, torch.zeros_like(problem.weight), hessian).sum().item()
-        require(
-            abs(reported - actual) <= REPORTED_LOSS_TOLERANCE * actual + floor,
-            f"it reports a loss of {reported:.6g}, but the loss is {actual:.6g}",
-        )
-
-
-def split_rows(layer: QuantizedLayer, sizes: list[int]) -> list[QuantizedLayer]:
-    """Cut a stack of layers into its layers, `sizes` rows each; diagnostics stay with the stack."""
-    parts, start = [], 0
-    for size in sizes:
-        rows = slice(start, start + size)
-        parts.append(
-            QuantizedLayer(
-                codes=layer.codes[rows],
-                codebook=_codebook_rows(layer.codebook, rows),
-                outliers=None if layer.outliers is None else _outlier_rows(layer.outliers, rows),
-            )
-        )
-        start += size
-    return parts
-
-
-def _codebook_rows(codebook: Codebook, rows: slice) -> Codebook:
-    if isinstance(codebook, Lut):
-        return Lut(values=codebook.values[rows])
-    return type(codebook)(scale=codebook.scale[rows], zero=codebook.zero[rows], bits=codebook.bits)
-
-
-def _outlier_rows(outliers: Outliers, rows: slice) -> Outliers:
-    inside = (outliers.rows >= rows.start) & (outliers.rows < rows.stop)
-    return Outliers(
-        rows=outliers.rows[inside] - rows.start, columns=outliers.columns[inside], values=outliers.values[inside]
-    )
+def _gather(stack: list[_Part], matrices: Mapping[str, Tensor]) -> Tensor:
+    """The rows of a stack: (rows, in_features)."""
+    return torch.cat([matrices[part.layer][part.rows] for part in stack])
 
 
 def _derive_seed(seed: int, name: str) -> int:

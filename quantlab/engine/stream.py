@@ -2,32 +2,68 @@
 
 Statistics come from the quantized prefix: the inputs of a layer are computed by the quantized blocks before it
 and the layers already quantized inside its own block, so that later layers can make up for earlier errors.
+
+A block is finished when the journal says so, and the journal says so when its shard and the hidden states behind
+it are on disk. A new process with the same journal goes on behind the last finished block.
 """
 
-from contextlib import suppress
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quantlab.api import InputStatistics
 from quantlab.checkpoint.writer import CheckpointWriter
-from quantlab.engine.drive import BlockDriver, RecordedBatch, deduplicate
-from quantlab.engine.linears import (
-    HessianAccumulator,
-    find_linears,
-    group_by_input,
-    require_quantizable,
-    weight_of,
-)
-from quantlab.engine.solve import LayerResult, SolveOptions, solve_layers
+from quantlab.engine.activations import Activations
+from quantlab.engine.block import BlockJob, layers_in_place, quantize_block
+from quantlab.engine.calls import BlockDriver
+from quantlab.engine.chain import Chain
+from quantlab.engine.drive import open_driver
+from quantlab.engine.finished import BLOCK, REST, FinishedBlock
+from quantlab.engine.gradients import collect_gradients, read_gradients
+from quantlab.engine.journal import Journal
+from quantlab.engine.linears import bias_of, find_linears
+from quantlab.engine.measure import LayerResult
+from quantlab.engine.memory import MemoryPlan, give_freed_memory_back, plan_memory
+from quantlab.engine.options import EngineOptions, OptionsOf
+from quantlab.engine.prefetch import Prefetch
+from quantlab.engine.profile import Profile
+from quantlab.engine.statistics import Gradients, StatisticsOptions, require_collectable
+from quantlab.engine.survey import survey_model
+from quantlab.errors import ResumableError
+from quantlab.experts import fused_experts, unfuse
 from quantlab.progress import Progress
-from quantlab.runtime import ModuleSpec
+from quantlab.runtime import LutLinear, ModuleSpec, storage_layout
 from quantlab.skeleton import WeightSource, build_skeleton, find_blocks, read_config, unload
 
-TOKENS_PER_BATCH = 4096
+QUANTIZED, FLOAT = "quantized", "float"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamRequest:
+    """What the engine is asked to do.
+
+    Attributes:
+        source: local model folder with safetensors weights.
+        calibration_ids: (samples, tokens) token ids.
+        dtype: what the model computes in.
+        options_of: the options of every layer.
+        statistics: what is collected for every layer.
+        engine: how the machine is used.
+    """
+
+    source: Path
+    calibration_ids: Tensor
+    dtype: torch.dtype
+    options_of: OptionsOf
+    statistics: StatisticsOptions = field(default_factory=StatisticsOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,117 +73,285 @@ class StreamResult:
     Attributes:
         layers: one entry per quantized layer, in the order of solving.
         modules: how each quantized module is stored, by its name in the model.
+        unfused_experts: names of the modules whose fused experts became one layer each.
         check_ids: (sequences, tokens) of calibration text.
         check_logits: what the quantized model answers to them; a reloaded checkpoint must answer the same.
+        drive_mode: how the blocks were driven, "record" or "suspend".
+        seconds: where the time went, over all processes that worked on the run.
+        memory: how the work was cut, and the memory that this was expected to take.
     """
 
     layers: tuple[LayerResult, ...]
     modules: dict[str, ModuleSpec]
+    unfused_experts: tuple[str, ...]
     check_ids: Tensor
     check_logits: Tensor
+    drive_mode: str
+    seconds: dict[str, float]
+    memory: MemoryPlan
 
 
 @torch.no_grad()
 def quantize_model(
-    source: Path,
+    request: StreamRequest,
     writer: CheckpointWriter,
-    options: SolveOptions,
-    calibration_ids: Tensor,
-    dtype: torch.dtype,
+    journal: Journal,
+    work: Path,
     progress: Progress,
+    stop: Callable[[], bool] = lambda: False,
 ) -> StreamResult:
-    """Quantize every linear layer inside the decoder blocks of a causal LM.
+    """Quantize the linear layers inside the decoder blocks of a causal LM.
 
     Embeddings, norms and the output head keep their weights.
 
     Args:
-        source: local model folder with safetensors weights.
+        request: the model and what to do with it.
         writer: receives one shard per block and one for the rest.
-        options: the method and its budget.
-        calibration_ids: (samples, tokens) token ids.
-        dtype: what the model computes in.
+        journal: what is finished already; every finished block is added.
+        work: folder for hidden states; to be removed when the run is complete.
         progress: is told about every finished layer.
+        stop: asked after every block; a true answer ends the run there.
 
     Raises:
         ModelError: the model cannot be streamed.
+        RecipeError: the memory budget is too small.
         PluginError: the method broke its contract.
         QualityError: the method departed from its options, and may not.
         NumericalError: a layer cannot be solved.
+        CheckpointError: what a former process finished is missing or has changed.
+        ResumableError: the run was stopped, or the disk is full.
     """
-    config = read_config(source)
-    model = build_skeleton(config, dtype)
-    prefix, blocks = find_blocks(model)
-    for index, block in enumerate(blocks):
-        require_quantizable(block, f"{prefix}.{index}")
-    weights = WeightSource(source, model, dtype)
-    storage_dtype = _narrower(dtype, getattr(config, "dtype", None))
+    stream = _Stream(request, writer, journal, work, progress)
+    with stream.driven():
+        while not stream.complete:
+            stream.process_block()
+            if stop():
+                raise ResumableError(f"stopped after {stream.position}")
+        return stream.finish()
 
-    weights.load_rest()
-    weights.load_block(0)
-    writer.add_shard("rest", _stored(_tensors_outside(model, prefix), storage_dtype))
-    batches = calibration_ids.split(max(1, TOKENS_PER_BATCH // calibration_ids.shape[1]))
-    driver = BlockDriver(model, list(blocks), batches[0][:1])
-    recorded = _record(driver, batches)
-    hidden = [batch.hidden for batch in recorded]
 
-    progress.begin("quantizing", sum(len(find_linears(block)) for block in blocks), "layers")
-    results: list[LayerResult] = []
-    modules: dict[str, ModuleSpec] = {}
-    for index, block in enumerate(blocks):
+class _Stream:
+    """One model on its way through the engine."""
+
+    _driver: BlockDriver[Any]
+    _chains: dict[str, Chain]
+
+    def __init__(
+        self, request: StreamRequest, writer: CheckpointWriter, journal: Journal, work: Path, progress: Progress
+    ) -> None:
+        self._request, self._writer, self._journal = request, writer, journal
+        self._work, self._progress = work, progress
+        self._profile = Profile()
+        if request.engine.memory_budget_bytes is not None:
+            give_freed_memory_back()
+        config = read_config(request.source)
+        self._survey = survey_model(config, request.dtype)
+        options = {layer: request.options_of(layer) for layer in self._survey.layers}
+        self._options = {layer: chosen for layer, chosen in options.items() if chosen is not None}
+        self._statistics = request.statistics
+        require_collectable(self._statistics, config, self._survey.unfused_experts)
+        samples, tokens = request.calibration_ids.shape
+        self._memory = plan_memory(self._survey.sizes, samples, tokens, request.engine, self._statistics)
+        self._batches = request.calibration_ids.split(self._memory.tokens_per_batch // tokens)
+        self._storage_dtype = _narrower(request.dtype, getattr(config, "dtype", None))
+        self._model = build_skeleton(config, request.dtype)
+        self._prefix, blocks = find_blocks(self._model)
+        self._blocks: list[nn.Module] = list(blocks)
+        self._weights = WeightSource(request.source, self._model, request.dtype)
+        self._done = [FinishedBlock.from_entry(entry) for entry in journal.of_kind(BLOCK)]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block is finished."""
+        return len(self._done) == len(self._blocks)
+
+    @property
+    def position(self) -> str:
+        """The last finished block, for people."""
+        return f"block {len(self._done)} of {len(self._blocks)}"
+
+    @contextmanager
+    def driven(self) -> Iterator[None]:
+        """Inside, the batches stand before the first block that is not finished."""
+        self._collect_gradients()
+        with self._profile.timed("load"):
+            self._weights.load_rest()
+            self._load_block(0)
+        self._keep_rest()
+        with open_driver(self._model, self._blocks, self._batches[0][:1]) as driver:
+            self._driver = driver
+            self._chains = {name: self._chain(name) for name in self._chain_names()}
+            self._progress.begin("quantizing", len(self._options), "layers")
+            if self._done:
+                self._resume()
+            if driver.mode == "record":
+                self._weights.unload_rest()
+            yield
+
+    def process_block(self) -> None:
+        """Quantize, write and leave the next block."""
+        index = len(self._done)
+        block, name = self._blocks[index], self._name(index)
         if index > 0:
-            weights.load_block(index)
-        name = f"{prefix}.{index}"
-        original = find_linears(block)
-        groups = group_by_input(original, lambda: driver.run_block(index, hidden[0], recorded[0]))  # noqa: B023
-        for group in groups:
-            statistics = _collect(driver, index, original[group[0]], hidden, recorded)
-            layers = {f"{name}.{layer}": original[layer] for layer in group}
-            for layer, (module, result) in solve_layers(layers, statistics, options).items():
-                model.set_submodule(layer, module)
-                modules[layer] = module.spec
+            self._load_block(index)
+        originals = find_linears(block)
+        job = BlockJob(
+            index=index,
+            name=name,
+            block=block,
+            options=self._options,
+            statistics=self._statistics,
+            gradients=self._gradients(index, originals),
+            quantized=self._chains[QUANTIZED],
+            float_chain=self._chains.get(FLOAT),
+            statistics_bytes=self._memory.statistics_bytes,
+            max_rows=self._memory.max_rows,
+            profile=self._profile,
+        )
+        results = []
+        with self._prefetching(index + 1):
+            for result in quantize_block(job, originals):
                 results.append(result)
-                progress.advance(detail=_describe(result, index, len(blocks)))
-        hidden = [driver.run_block(index, h, batch) for h, batch in zip(hidden, recorded, strict=True)]
-        tensors = {f"{name}.{key}": tensor for key, tensor in block.state_dict().items()}
-        writer.add_shard(f"block-{index:05d}", _stored(tensors, storage_dtype))
-        for layer, linear in original.items():
+                self._progress.advance(detail=_describe(result, index, len(self._blocks)))
+            passed = self._propagate(index, originals)
+        self._commit(index, results)
+        for hidden in passed:
+            hidden.remove()
+        self._leave_block(block, originals)
+
+    def finish(self) -> StreamResult:
+        """What is left to say when every block is finished."""
+        if self._driver.mode == "record":
+            with self._profile.timed("load"):
+                self._weights.load_rest()
+        with self._profile.timed("forward"):
+            logits = self._chains[QUANTIZED].finish(0)
+        seconds = Counter(self._profile.take())
+        for entry in self._journal.of_kind(BLOCK):
+            seconds.update(entry["seconds"])
+        return StreamResult(
+            layers=tuple(layer for block in self._done for layer in block.layers),
+            modules={name: spec for block in self._done for name, spec in block.modules.items()},
+            unfused_experts=self._survey.unfused_experts,
+            check_ids=self._batches[0],
+            check_logits=logits,
+            drive_mode=self._driver.mode,
+            seconds={part: round(value, 3) for part, value in seconds.items()},
+            memory=self._memory,
+        )
+
+    def _collect_gradients(self) -> None:
+        if not self._statistics.gradients:
+            return
+        request = self._request
+        with self._profile.timed("statistics"):
+            collect_gradients(
+                request.source,
+                request.calibration_ids,
+                request.dtype,
+                self._statistics,
+                self._work / "gradients",
+                # All blocks' inputs exist at once, far more than the budget or the memory was planned for.
+                lambda name: Activations(self._work / "backward" / name, in_memory=False),
+                self._progress,
+            )
+
+    def _gradients(self, index: int, originals: Mapping[str, nn.Module]) -> Gradients | None:
+        if not self._statistics.gradients:
+            return None
+        return read_gradients(self._work / "gradients", index, [f"{self._name(index)}.{layer}" for layer in originals])
+
+    def _keep_rest(self) -> None:
+        """Write the weights outside the blocks, or take over what a former process wrote."""
+        with self._profile.timed("write"):
+            for entry in self._journal.of_kind(REST):
+                self._writer.restore_shard(entry["shard"], entry["sha256"])
+                return
+            tensors = _tensors_outside(self._model, self._prefix)
+            shard, digest = self._writer.add_shard("rest", tensors, narrow_to=self._storage_dtype)
+            self._journal.append({"kind": REST, "shard": shard, "sha256": digest})
+
+    def _chain_names(self) -> list[str]:
+        return [QUANTIZED, FLOAT] if self._statistics.float_inputs else [QUANTIZED]
+
+    def _chain(self, name: str) -> Chain:
+        return Chain(
+            self._driver,
+            self._batches,
+            self._work / name,
+            in_memory=self._memory.activations_in_memory,
+            profile=self._profile,
+        )
+
+    def _resume(self) -> None:
+        """Go behind the blocks that a former process finished."""
+        for finished in self._done:
+            self._writer.restore_shard(finished.shard, finished.sha256)
+        if self._driver.replay_on_resume:
+            for index, finished in enumerate(self._done):
+                self._replay(index, finished)
+        else:
+            unload(self._blocks[0])
+        for name, chain in self._chains.items():
+            chain.continue_from(len(self._done), self._done[-1].hidden[name])
+        layers = sum(len(finished.layers) for finished in self._done)
+        self._progress.advance(layers, f"continuing after {self.position}, finished before")
+
+    def _replay(self, index: int, finished: FinishedBlock) -> None:
+        """Run the batches through a finished block, since it hands more to later blocks than hidden states."""
+        block, name = self._blocks[index], self._name(index)
+        if index > 0:
+            self._load_block(index)
+        originals = find_linears(block)
+        tensors = load_file(self._writer.path(finished.shard))
+        for layer, spec in finished.modules.items():
+            stored = {key: tensors[f"{layer}.{key}"] for key in storage_layout(spec)}
+            linear = originals[layer.removeprefix(f"{name}.")]
+            self._model.set_submodule(layer, LutLinear(spec, stored, bias_of(linear)))
+        for hidden in self._propagate(index, originals):
+            hidden.remove()
+        self._leave_block(block, originals)
+
+    def _propagate(self, index: int, originals: Mapping[str, nn.Module]) -> list[Activations]:
+        """Take all chains through a block; returns the hidden states before it."""
+        passed = [self._chains[QUANTIZED].propagate(index, self._name(index))]
+        if FLOAT in self._chains:
+            with layers_in_place(self._blocks[index], originals):
+                passed.append(self._chains[FLOAT].propagate(index, self._name(index)))
+        return passed
+
+    def _commit(self, index: int, results: list[LayerResult]) -> None:
+        """Write the block, and note in the journal that it is finished."""
+        block, name = self._blocks[index], self._name(index)
+        with self._profile.timed("write"):
+            tensors = {f"{name}.{key}": tensor for key, tensor in block.state_dict().items()}
+            shard, digest = self._writer.add_shard(f"block-{index:05d}", tensors, narrow_to=self._storage_dtype)
+        finished = FinishedBlock(
+            shard=shard,
+            sha256=digest,
+            layers=tuple(results),
+            modules={result.name: self._model.get_submodule(result.name).spec for result in results},  # type: ignore[misc]
+            hidden={name: chain.hashes() for name, chain in self._chains.items()},
+            seconds=self._profile.take(),
+        )
+        self._journal.append(finished.to_entry())
+        self._done.append(finished)
+
+    def _load_block(self, index: int) -> None:
+        with self._profile.timed("load"):
+            self._weights.load_block(index)
+            unfuse(self._blocks[index], fused_experts(self._blocks[index]))
+
+    def _leave_block(self, block: nn.Module, originals: Mapping[str, nn.Module]) -> None:
+        for layer, linear in originals.items():
             block.set_submodule(layer, linear)
         unload(block)
-    return StreamResult(
-        layers=tuple(results),
-        modules=modules,
-        check_ids=recorded[0].input_ids,
-        check_logits=driver.finish(recorded[0], hidden[0]),
-    )
 
+    def _prefetching(self, index: int) -> AbstractContextManager[object]:
+        return Prefetch(self._weights.block_tensors(index)) if index < len(self._blocks) else nullcontext()
 
-def _record(driver: BlockDriver, batches: tuple[Tensor, ...]) -> list[RecordedBatch]:
-    first = driver.record(batches[0])
-    return [first, *(deduplicate(driver.record(batch), first) for batch in batches[1:])]
-
-
-class _Captured(Exception):
-    """Leaves a forward pass as soon as the input of interest has been seen."""
-
-
-def _collect(
-    driver: BlockDriver, index: int, linear: nn.Module, hidden: list[Tensor], recorded: list[RecordedBatch]
-) -> InputStatistics:
-    """Statistics of the input of one layer over all batches, in fixed order."""
-    accumulator = HessianAccumulator(weight_of(linear).shape[1], hidden[0].device)
-
-    def capture(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        accumulator.add(args[0])
-        raise _Captured
-
-    handle = linear.register_forward_pre_hook(capture)
-    try:
-        for states, batch in zip(hidden, recorded, strict=True):
-            with suppress(_Captured):
-                driver.run_block(index, states, batch)
-    finally:
-        handle.remove()
-    return InputStatistics(hessian=accumulator.mean(), num_tokens=accumulator.num_tokens)
+    def _name(self, index: int) -> str:
+        return f"{self._prefix}.{index}"
 
 
 def _tensors_outside(model: PreTrainedModel, prefix: str) -> dict[str, Tensor]:
@@ -164,16 +368,6 @@ def _tensors_outside(model: PreTrainedModel, prefix: str) -> dict[str, Tensor]:
 def _narrower(compute: torch.dtype, stored: torch.dtype | None) -> torch.dtype:
     """The dtype for weights that are kept: that of the source if the computation did not narrow it."""
     return stored if stored is not None and stored.itemsize < compute.itemsize else compute
-
-
-def _stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Kept weights in the narrower dtype where that loses nothing; everything else as it is."""
-
-    def narrow(tensor: Tensor) -> Tensor:
-        narrowed = tensor.to(dtype) if tensor.is_floating_point() and tensor.itemsize > dtype.itemsize else tensor
-        return narrowed if torch.equal(narrowed.to(tensor.dtype), tensor) else tensor
-
-    return {name: narrow(tensor) for name, tensor in tensors.items()}
 
 
 def _describe(result: LayerResult, index: int, num_blocks: int) -> str:

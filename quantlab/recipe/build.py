@@ -80,7 +80,7 @@ class RecipeBuilder:
             section = self._section(typing.cast("type[Any]", hint), node, f"{where}.")
             return _INVALID if section is None else section
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-        if origin is types.UnionType:
+        if origin in (types.UnionType, typing.Union):
             if node.value is None:
                 return None
             return self._value(node, arguments[0], where, rules)
@@ -90,7 +90,7 @@ class RecipeBuilder:
         if error is not None:
             self._note(node, f"{where} {error}")
             return _INVALID
-        return node.value
+        return float(typing.cast(float, node.value)) if hint is float else node.value  # a whole number is a number, too
 
     def _list(self, node: Node, hint: Any, where: str, rules: Mapping[str, Any]) -> object:
         if not isinstance(node.value, list):
@@ -133,7 +133,7 @@ def _type_error(value: object, hint: Any) -> str | None:
         allowed = ", ".join(str(choice) for choice in choices)
         guess = did_you_mean(value, [str(choice) for choice in choices]) if isinstance(value, str) else ""
         return f"is {_show(value)}, but must be {'one of ' if len(choices) > 1 else ''}{allowed}{guess}"
-    if type(value) is hint:  # not isinstance: true is not a number
+    if type(value) is hint or (hint is float and type(value) is int):  # not isinstance: true is not a number
         return None
     advice = "; put it in quotes" if hint is str and isinstance(value, int | float) else ""
     return f"is {_show(value)}, but must be {_KIND_NAMES[hint]}{advice}"

@@ -39,6 +39,11 @@ class MethodAssignment:
     default: LayerMethod
     by_rule: tuple[LayerMethod | None, ...]
 
+    @property
+    def methods(self) -> list[LayerMethod]:
+        """Every method that is in use."""
+        return [self.default, *(method for method in self.by_rule if method is not None)]
+
     def of(self, layer: str) -> LayerMethod | None:
         """How a layer is quantized, by its full name; None keeps it in floating point."""
         rule = self._last_match(layer)

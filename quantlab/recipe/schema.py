@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from quantlab.calibration.sources import source_error
+from quantlab.calibration.sources import protocol_error, source_error
+from quantlab.recipe.size import size_error
 
 
 def _number(*, minimum: int, maximum: int | None = None) -> Mapping[str, Any]:
@@ -47,12 +48,18 @@ class CalibrationSection:
     Attributes:
         name: "stdlib" or "file:PATH".
         num_samples: number of token windows.
-        sequence_length: tokens per window.
+        sequence_length: tokens per window; None means 2048, or the model's context if that is shorter.
+        inputs: whose inputs to a layer are measured: "quantized" behind the layers quantized so far, or "float".
+        target_alpha: how far the target of a layer makes up for the errors before it, from 0 (not) to 1 (fully).
+        saliency_groups: groups of rows that are measured with weights of their own (GuidedQuant); 0 for none.
     """
 
     name: str = field(default="stdlib", metadata=_checked(source_error))
     num_samples: int = field(default=128, metadata=_number(minimum=1))
-    sequence_length: int = field(default=2048, metadata=_number(minimum=1))
+    sequence_length: int | None = field(default=None, metadata=_number(minimum=1))
+    inputs: Literal["quantized", "float"] = "quantized"
+    target_alpha: float = field(default=0.0, metadata=_number(minimum=0, maximum=1))
+    saliency_groups: int = field(default=0, metadata=_number(minimum=0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +111,35 @@ class EvaluationSection:
     """What is measured afterwards, on the float and on the quantized model.
 
     Attributes:
-        perplexity: text sources; empty to skip evaluation.
-        sequence_length: tokens per window; at least 2, since a window's first token is not predicted.
-        num_windows: windows per source; None means all.
+        perplexity: protocols and text sources; empty to skip evaluation.
+        sequence_length: tokens per window; at least 2, since a window's first token is not predicted. None means
+            2048, or the model's context if that is shorter.
+        stride: tokens from one window to the next, of which only those are scored that no earlier window has; None
+            means windows that do not overlap.
+        bos: where the beginning-of-text token stands; None means as the protocol says.
+        num_windows: windows per text, evenly spread; None means all of the protocol.
     """
 
-    perplexity: tuple[str, ...] = field(default=("stdlib",), metadata=_checked(source_error))
-    sequence_length: int = field(default=2048, metadata=_number(minimum=2))
+    perplexity: tuple[str, ...] = field(default=("stdlib",), metadata=_checked(protocol_error))
+    sequence_length: int | None = field(default=None, metadata=_number(minimum=2))
+    stride: int | None = field(default=None, metadata=_number(minimum=1))
+    bos: Literal["none", "tokenizer", "each_window"] | None = None
     num_windows: int | None = field(default=None, metadata=_number(minimum=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSection:
+    """How the machine is used.
+
+    Attributes:
+        memory_budget: memory that quantizing may occupy, such as "12GiB"; None for no limit.
+        activations: where hidden states are kept between blocks; "auto" takes memory if there is room.
+        deterministic: compute on one thread, so that the result does not depend on the number of threads.
+    """
+
+    memory_budget: str | None = field(default=None, metadata=_checked(size_error))
+    activations: Literal["auto", "ram", "disk"] = "auto"
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +153,7 @@ class Recipe:
         calibration: what the method sees.
         method: the method and its budget.
         layers: exceptions for some layers, in order.
+        engine: how the machine is used.
         evaluation: what is measured.
         allow_fallbacks: whether a method may depart from its options where a layer forces it to (reported), or
             whether that ends the run.
@@ -136,5 +165,6 @@ class Recipe:
     calibration: CalibrationSection = field(default_factory=CalibrationSection)
     method: MethodSection = field(metadata={"needed": "add a section with at least a name and bits"})
     layers: tuple[LayerRule, ...] = ()
+    engine: EngineSection = field(default_factory=EngineSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     allow_fallbacks: bool = False

@@ -15,25 +15,21 @@ def pipeline(monkeypatch, tmp_path):
     """Stands in for the pipeline and the model folder; remembers its calls."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("quantlab.models.resolve_model", lambda name: tmp_path / "model" / name)
-    calls = SimpleNamespace(free=[], executed=None, planned=None)
+    calls = SimpleNamespace(free=[], executed=None)
 
-    def execute(loaded, quantizer, model_folder, output_dir, progress, command):
+    def execute(assignment, model_folder, output_dir, progress, command, stop):
         calls.executed = SimpleNamespace(**locals())
         output_dir.mkdir(parents=True)
         (output_dir / "manifest.json").write_text(json.dumps(MANIFEST))
         (output_dir / "eval.json").write_text('{"perplexity": {}}')
         return output_dir
 
-    def plan_run(recipe, model_folder):
-        calls.planned = (recipe, model_folder)
-        return SimpleNamespace(rows=lambda: [("bits", str(recipe.method.bits)), ("layers", "35")])
-
     def default_output_dir(loaded):
         return Path("runs/default")
 
-    stub = SimpleNamespace(default_output_dir=default_output_dir, execute=execute, require_free=calls.free.append)
+    stub = SimpleNamespace(default_output_dir=default_output_dir, execute=execute)
     monkeypatch.setitem(sys.modules, "quantlab.pipeline", stub)
-    monkeypatch.setitem(sys.modules, "quantlab.plan", SimpleNamespace(plan_run=plan_run))
+    monkeypatch.setitem(sys.modules, "quantlab.workspace", SimpleNamespace(require_free=calls.free.append))
     calls.stub = stub
     return calls
 
@@ -55,8 +51,8 @@ def test_run_executes_the_recipe_and_prints_the_result(pipeline, capsys, tmp_pat
     arguments = ["run", "ganq_w4", "--set", "method.bits=3", "--output_dir", "out", "-q"]
     assert invoke(arguments) == 0
     executed = pipeline.executed
-    assert executed.loaded.recipe.method.bits == 3
-    assert executed.quantizer.info.name == "ganq"
+    assert executed.assignment.loaded.recipe.method.bits == 3
+    assert executed.assignment.default.quantizer.info.name == "ganq"
     assert executed.model_folder == tmp_path / "model" / "demo"
     assert isinstance(executed.progress, NoProgress)
     assert executed.command == "quantlab run ganq_w4 --set method.bits=3 --output_dir out -q"
@@ -69,25 +65,14 @@ def test_run_executes_the_recipe_and_prints_the_result(pipeline, capsys, tmp_pat
 def test_the_output_folder_has_a_default(pipeline):
     assert invoke(["run", "ganq_w4", "--model", "facebook/opt-125m", "-q"]) == 0
     assert str(pipeline.executed.output_dir) == "runs/default"
-    assert pipeline.executed.loaded.origins["model.path"] == "--model"
-
-
-def test_dry_run_prints_the_plan_and_writes_nothing(pipeline, capsys, tmp_path):
-    assert invoke(["run", "ganq_w4", "--dry-run"]) == 0
-    assert pipeline.executed is None
-    assert capsys.readouterr().out.splitlines() == [
-        "bits           4",
-        "layers         35",
-        "output folder  runs/default",
-    ]
-    assert list(tmp_path.iterdir()) == []
+    assert pipeline.executed.assignment.loaded.origins["model.path"] == "--model"
 
 
 def test_occupied_output_folder_is_refused_before_any_work(pipeline, monkeypatch, capsys):
     def refuse(folder):
         raise UsageError(f"{folder} is not empty")
 
-    pipeline.stub.require_free = refuse
+    monkeypatch.setattr(sys.modules["quantlab.workspace"], "require_free", refuse)
     monkeypatch.setattr("quantlab.models.resolve_model", lambda name: pytest.fail("work was done"))
     assert invoke(["run", "ganq_w4", "--output-dir", "full"]) == 2
     assert "full is not empty" in capsys.readouterr().err
@@ -98,7 +83,7 @@ def test_progress_goes_to_stderr_so_that_stdout_is_the_result(pipeline, capsys):
     execute = pipeline.stub.execute
 
     def execute_with_progress(*arguments):
-        progress = arguments[4]
+        progress = arguments[3]
         progress.begin("quantizing", 1, "layers")
         progress.advance(detail="block 1/1")
         return execute(*arguments)

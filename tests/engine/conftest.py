@@ -4,12 +4,16 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma3TextConfig,
     GPT2Config,
+    GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MixtralConfig,
     OPTConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 96
@@ -38,6 +42,35 @@ CONFIGS = {
         layer_types=["sliding_attention", "full_attention"] * 2,
     ),
     "mixtral": lambda: MixtralConfig(**WIDE, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **WIDE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
+    ),
+    "gpt_oss": lambda: GptOssConfig(**WIDE, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+    "llama4_text": lambda: Llama4TextConfig(
+        **WIDE,
+        head_dim=8,
+        intermediate_size_mlp=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        interleave_moe_layer_step=1,
+        attention_chunk_size=8,
+    ),
+    # Latent attention; a dense block comes before those with experts, which share one expert.
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **WIDE | {"num_key_value_heads": 4},
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+    ),
 }
 
 

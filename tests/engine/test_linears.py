@@ -4,7 +4,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from quantlab.engine.linears import (
-    HessianAccumulator,
     bias_of,
     find_linears,
     group_by_input,
@@ -45,6 +44,12 @@ def test_a_layer_that_is_never_called_is_named():
         group_by_input(find_linears(block), lambda: block["used"](torch.ones(1, 4)))
 
 
+def test_a_layer_that_is_called_twice_is_named():
+    linear = nn.Linear(4, 4)
+    with pytest.raises(ModelError, match="'again' is called twice"):
+        group_by_input({"again": linear}, lambda: linear(linear(torch.ones(1, 4))))
+
+
 def test_a_conv1d_weight_is_seen_in_the_orientation_of_a_linear(model_folder):
     model = AutoModelForCausalLM.from_pretrained(model_folder("gpt2"))
     expand = find_linears(find_blocks(model)[1][0])["mlp.c_fc"]
@@ -53,25 +58,31 @@ def test_a_conv1d_weight_is_seen_in_the_orientation_of_a_linear(model_folder):
     torch.testing.assert_close(nn.functional.linear(inputs, weight_of(expand), bias_of(expand)), expand(inputs))
 
 
-def test_fused_experts_are_refused_with_the_share_that_would_be_quantized(model_folder):
-    model = AutoModelForCausalLM.from_pretrained(model_folder("mixtral"))
-    with pytest.raises(ModelError, match=r"model\.layers\.0: only \d+% .*experts"):
-        require_quantizable(find_blocks(model)[1][0], "model.layers.0")
+def test_weights_outside_linear_layers_are_refused_with_the_share_that_would_be_quantized():
+    block = nn.Module()
+    block.linear = nn.Linear(10, 10, bias=False)
+    block.experts = nn.Parameter(torch.zeros(3, 10, 10))
+    with pytest.raises(ModelError, match=r"model\.layers\.0 .*only 25% of its 400 weights .* is experts"):
+        require_quantizable(block, "model.layers.0")
 
 
-def test_the_hessian_is_the_mean_over_tokens_without_a_factor_of_two():
-    batches = [torch.randn(2, 3, 5), torch.randn(4, 3, 5)]
-    accumulator = HessianAccumulator(5, torch.device("cpu"))
-    for batch in batches:
-        accumulator.add(batch)
-    tokens = torch.cat([batch.reshape(-1, 5) for batch in batches]).double()
-    assert accumulator.num_tokens == 18
-    torch.testing.assert_close(accumulator.mean().double(), tokens.T @ tokens / 18, rtol=1e-5, atol=1e-6)
+def test_routers_beside_experts_and_layers_whose_weights_are_read_are_kept():
+    block = nn.Module()
+    block.self_attn = nn.ModuleDict({"gate": nn.Linear(4, 4), "weights_proj": nn.Linear(4, 1)})
+    block.mixer = nn.ModuleDict({"dt_proj": nn.Linear(1, 4)})
+    block.mlp = nn.ModuleDict(
+        {
+            "experts": nn.ModuleList([nn.ModuleDict({"gate_proj": nn.Linear(4, 4)})]),
+            "gate": nn.ModuleDict({"wg": nn.Linear(4, 2)}),
+            "shared_expert_gate": nn.Linear(4, 1),
+        }
+    )
+    assert list(find_linears(block)) == ["self_attn.gate", "mlp.experts.0.gate_proj"]
 
 
-def test_half_precision_inputs_are_accumulated_in_float32():
-    inputs = torch.full((4096, 1), 1.0, dtype=torch.bfloat16)  # a bfloat16 sum would stall at 256
-    accumulator = HessianAccumulator(1, torch.device("cpu"))
-    accumulator.add(inputs)
-    accumulator.add(inputs)
-    assert accumulator.mean().item() == 1.0
+def test_a_linear_layer_that_computes_something_else_is_kept():
+    class Grouped(nn.Linear):
+        def forward(self, inputs):
+            return super().forward(inputs.unflatten(-1, (2, -1)))
+
+    assert list(find_linears(nn.ModuleDict({"plain": nn.Linear(4, 4), "grouped": Grouped(4, 4)}))) == ["plain"]

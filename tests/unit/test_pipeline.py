@@ -2,18 +2,24 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import quantlab
 from quantlab import pipeline
-from quantlab.errors import DataError, ModelError, QualityError, RecipeError, UsageError
+from quantlab.checkpoint.serialize import write_safetensors
+from quantlab.checkpoint.writer import CheckpointWriter
+from quantlab.errors import DataError, QualityError, RecipeError, UsageError
 from quantlab.plan import plan_run
 from quantlab.recipe import load_recipe
+from quantlab.recipe.layers import assign_methods
+from quantlab.skeleton import read_config
 
 TEXT = "def area(radius):\n    return 3.14159 * radius ** 2  # of a circle\n\n" * 200
 
@@ -75,12 +81,9 @@ def test_a_run_leaves_a_complete_folder(recipe, tmp_path):
     manifest = read(folder, "manifest.json")
     assert len(manifest["layers"]) == 2 * 7
     assert manifest["fallbacks"] == []
-    assert manifest["method"]["options"] == {
-        "iterations": 2,
-        "column_order": "hessian_diagonal",
-        "damping": 0.01,
-        "cd_sweeps": 2,
-    }
+    assert manifest["method"]["options"]["iterations"] == 2
+    assert manifest["drive_mode"] == "record"
+    assert sum(manifest["engine_s"].values()) <= manifest["stages_s"]["quantize"]
     assert manifest["calibration"]["tokens"] == 4 * 32
     (result,) = read(folder, "eval.json")["perplexity"].values()
     assert result["float"] != result["quantized"]
@@ -130,7 +133,7 @@ def test_an_occupied_output_folder_is_refused_and_untouched(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"method": {"name": "rtn", "bits": 3, "group_size": 48}}, ModelError, "q_proj: in_features=32 .*=48"),
+        ({"method": {"name": "rtn", "bits": 3, "group_size": 48}}, RecipeError, "q_proj and 11 more: .*=48"),
         (
             {"evaluation": {"sequence_length": 64}},
             RecipeError,
@@ -169,9 +172,66 @@ def test_a_checkpoint_that_does_not_reproduce_the_model_fails_the_run(recipe, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_within_a_memory_budget_the_evaluation_is_streamed_and_finds_the_same(recipe, tmp_path, monkeypatch):
+    budget = {"memory_budget": "1GiB"}
+    in_memory = quantlab.run(recipe(), output_dir=tmp_path / "in_memory")
+    monkeypatch.setattr(pipeline, "load", None)
+    monkeypatch.setattr(pipeline, "load_model", None)
+    streamed = quantlab.run(recipe(engine=budget), output_dir=tmp_path / "streamed")
+    assert read(streamed, "eval.json") == read(in_memory, "eval.json")
+    assert read(streamed, "manifest.json")["memory"]["budget_bytes"] == 2**30
+    assert not (streamed / "work").exists()
+
+
+def test_a_damaged_checkpoint_fails_the_streamed_check_too(recipe, tmp_path, monkeypatch):
+    finish = CheckpointWriter.finish
+
+    def damage(writer, *args):
+        finish(writer, *args)
+        tensors = load_file(writer.path("quantlab-rest.safetensors"))
+        write_safetensors(writer.path("quantlab-rest.safetensors"), {key: t + 0.01 for key, t in tensors.items()})
+
+    monkeypatch.setattr(CheckpointWriter, "finish", damage)
+    with pytest.raises(QualityError, match="does not reproduce the quantized model"):
+        quantlab.run(recipe(engine={"memory_budget": "1GiB"}), output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_deterministic_runs_do_not_depend_on_the_number_of_threads(recipe, tmp_path, model_folder):
+    wide = LlamaConfig(
+        vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=1, max_position_embeddings=32
+    )
+    shutil.copytree(model_folder, tmp_path / "wide")
+    torch.manual_seed(0)
+    LlamaForCausalLM(wide).save_pretrained(tmp_path / "wide")
+    changes = {
+        "model": {"path": str(tmp_path / "wide")},
+        "method": {"name": "gptq", "bits": 3},
+        "engine": {"deterministic": True},
+    }
+    threads = torch.get_num_threads()
+    files = []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            folder = quantlab.run(recipe(**changes), output_dir=tmp_path / str(number))
+            assert torch.get_num_threads() == number
+            files.append(read(folder, "manifest.json")["files"])
+    finally:
+        torch.set_num_threads(threads)
+    assert files[0] == files[1]
+
+
+def test_statistics_that_contradict_each_other_are_refused(recipe, tmp_path):
+    section = yaml.safe_load(recipe().read_text())["calibration"] | {"inputs": "float", "target_alpha": 1}
+    with pytest.raises(RecipeError, match=r"section calibration: target_alpha=1\.0"):
+        quantlab.run(recipe(calibration=section), output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_plan_counts_tied_weights_once(recipe, model_folder):
-    plan = plan_run(load_recipe(recipe()).recipe, model_folder)
+    plan = plan_run(assign_methods(load_recipe(recipe())), read_config(model_folder))
     block = 4 * 32 * 32 + 3 * 32 * 64
     assert plan.quantized_parameters == 2 * block
     assert plan.parameters == 2 * (block + 2 * 32) + 300 * 32 + 32
-    assert plan.num_layers == 14
+    assert len(plan.quantized) == 14

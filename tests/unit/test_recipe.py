@@ -100,11 +100,17 @@ def test_all_problems_are_reported_at_once_with_their_lines(load):
         (SMALLEST + "  levels: [1, 2]\n", "method.levels must be a single value, not a list"),
         (SMALLEST + "seed: -1\n", "seed is -1, but must be at least 0"),
         (SMALLEST + "model: {path: ''}\n", "model.path is empty"),
-        (SMALLEST + "calibration: {name: c4}\n", "calibration.name is 'c4'; the text sources are stdlib and file:PATH"),
+        (
+            SMALLEST + "calibration: {name: wikitext}\n",
+            r"calibration.name is 'wikitext'; did you mean wikitext2\?",
+        ),
         (SMALLEST + "calibration: {name: 'file:'}\n", "calibration.name is 'file:'"),
         (SMALLEST + "calibration: {nsamples: 1}\n", "calibration.nsamples is not a key.*did you mean num_samples"),
         (SMALLEST + "evaluation: {perplexity: stdlib}\n", r"must be a list, not 'stdlib'; write \['stdlib'\]"),
-        (SMALLEST + "evaluation: {perplexity: [c4]}\n", r"evaluation.perplexity\[0\] is 'c4'"),
+        (
+            SMALLEST + "evaluation: {perplexity: [c4-old]}\n",
+            r"evaluation.perplexity\[0\] is 'c4-old'.* also knows wikitext2",
+        ),
         (SMALLEST + "evaluation: {perplexity: [stdlib, stdlib]}\n", "lists 'stdlib' twice"),
         (SMALLEST + "evaluation: {sequence_length: 1}\n", "sequence_length is 1, but must be at least 2"),
         (SMALLEST + "? [a]\n: 1\n", "a key must be a word"),
@@ -278,7 +284,7 @@ def test_everything_the_method_refuses_is_reported_at_once_with_lines(load):
         check_method(load(text))
     message = str(caught.value)
     assert "my.yaml:5: method.group_size is 64, but ganq has one codebook per row" in message
-    assert "my.yaml:6: ganq has no preset 'papr'; did you mean paper?; presets: paper" in message
+    assert "my.yaml:6: ganq has no preset 'papr'; did you mean paper?; presets: best, paper, published_code" in message
     assert "my.yaml:7: method.damping: expected a finite float, got str 'high'" in message
     assert "my.yaml:8: method.iters: unknown option" in message
 

@@ -1,0 +1,118 @@
+"""The calibration batches on their way through the blocks of one model, the quantized or the float one."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantlab.engine.activations import Activations
+from quantlab.engine.calls import BlockDriver
+from quantlab.engine.profile import Profile
+from quantlab.errors import CheckpointError, NumericalError
+
+
+class Chain:
+    """Hidden states of every batch at the door of one block, and how to get to the next one.
+
+    Args:
+        driver: of the model.
+        batches: token ids, (sequences, tokens) each; recorded here.
+        folder: for the files of the hidden states; leftovers of a former process may be in it.
+        in_memory: whether hidden states are kept in memory, too.
+        profile: is told where the time goes.
+    """
+
+    def __init__(
+        self, driver: BlockDriver[Any], batches: Sequence[Tensor], folder: Path, *, in_memory: bool, profile: Profile
+    ) -> None:
+        self._driver = driver
+        self._folder = folder
+        self._in_memory = in_memory
+        self._profile = profile
+        self._recorded: list[Any] = []
+        self._hidden = self._generation(0)
+        for number, ids in enumerate(batches):
+            with profile.timed("forward"):
+                hidden, batch = driver.record(ids)
+            self._recorded.append(batch)
+            self._put(self._hidden, number, hidden)
+
+    def __len__(self) -> int:
+        return len(self._recorded)
+
+    def run(self, index: int, batch: int) -> Tensor:
+        """The output of block `index`, which must be the next one, for one batch."""
+        with self._profile.timed("load"):
+            hidden = self._hidden.get(batch)
+        with self._profile.timed("forward"):
+            return self._driver.run_block(index, hidden, self._recorded[batch])
+
+    def propagate(self, index: int, name: str) -> Activations:
+        """Run every batch through block `index`, and go on to the next block.
+
+        Args:
+            index: of the block.
+            name: of the block, for errors.
+
+        Returns:
+            The hidden states that entered the block, to be removed when those behind it are no longer needed twice.
+
+        Raises:
+            NumericalError: the block's output is not finite.
+            ResumableError: the hidden states cannot be written.
+        """
+        following = self._generation(index + 1)
+        for number, batch in enumerate(self._recorded):
+            output = self.run(index, number)
+            if not torch.isfinite(output).all():
+                raise NumericalError(
+                    f"{name}: its output contains NaN or infinity in {output.dtype}; use --set model.dtype=float32"
+                )
+            with self._profile.timed("forward"):
+                hidden = self._driver.advance(index, output, batch)
+            self._put(following, number, hidden)
+        passed, self._hidden = self._hidden, following
+        return passed
+
+    def continue_from(self, index: int, hashes: Mapping[str, str]) -> None:
+        """Go on at the door of block `index`, where a former process stood.
+
+        Args:
+            index: of the block.
+            hashes: of the files that it had there.
+
+        Raises:
+            CheckpointError: the files are missing or have changed; or the blocks before `index` were run again,
+                and did not give the same.
+        """
+        if not self._driver.replay_on_resume:
+            restored = self._generation(index)
+            restored.restore(hashes)
+            self._hidden.remove()
+            self._hidden = restored
+        elif self.hashes() != hashes:
+            raise CheckpointError(
+                f"{self._folder}: the finished blocks do not compute what they computed before, so the run cannot be "
+                "continued on this machine or with this number of threads; remove its folder"
+            )
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the files of the hidden states, by file name."""
+        return self._hidden.hashes()
+
+    def finish(self, batch: int) -> Tensor:
+        """The logits of a batch behind the last block: (sequences, tokens, vocabulary)."""
+        return self._driver.finish(self._recorded[batch], self._hidden.get(batch))
+
+    def remove(self) -> None:
+        """Forget the hidden states and delete their files."""
+        self._hidden.remove()
+
+    def _put(self, generation: Activations, batch: int, hidden: Tensor) -> None:
+        with self._profile.timed("write"):
+            generation.put(batch, hidden)
+
+    def _generation(self, index: int) -> Activations:
+        return Activations(self._folder / f"block-{index:05d}", in_memory=self._in_memory)

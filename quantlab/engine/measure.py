@@ -1,0 +1,103 @@
+"""Measure how well a quantized layer does what it was asked to."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantlab.api import CodebookSpec, layer_loss
+from quantlab.engine.statistics import GroupStatistics, row_groups
+from quantlab.runtime import LutLinear
+from quantlab.solvers.grid import round_to_nearest
+
+_ROWS_PER_PIECE = 1024
+_SUMMED = ("loss", "fallbacks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerResult:
+    """What is reported about one quantized layer.
+
+    All losses compare with what the method was asked to approximate, the target T: the weight, or what
+    `quantlab.engine.target` makes of it. Their H is the one that the method was given, after saliency.
+
+    Attributes:
+        name: the layer's name in the model.
+        shape: (out_features, in_features).
+        bits: code width.
+        group_size: inputs per codebook, or None for one codebook per row.
+        storage_bits: everything stored in place of the weight: codes, codebook or scales, outliers.
+        num_tokens: calibration tokens behind the Hessian.
+        relative_loss: tr(E H Eᵀ) / tr(T H Tᵀ) of the error E of the weight after rounding to storage precision.
+        rtn_relative_loss: the same if T is rounded to nearest with the same budget.
+        target_shift: tr(S H Sᵀ) / tr(T H Tᵀ) of the shift S of the target from the weight.
+        diagnostics: what the method reported for the rows that were solved together. Of a layer solved in parts,
+            losses and fallbacks are summed, and of everything else the largest value is given.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int | None
+    storage_bits: int
+    num_tokens: int
+    relative_loss: float
+    rtn_relative_loss: float
+    target_shift: float
+    diagnostics: Mapping[str, float]
+
+
+def measure_layer(
+    name: str,
+    weight: Tensor,
+    target: Tensor,
+    module: LutLinear,
+    spec: CodebookSpec,
+    statistics: GroupStatistics,
+    diagnostics: Sequence[Mapping[str, float]],
+) -> LayerResult:
+    """What is reported about a layer.
+
+    Args:
+        name: the layer's name in the model.
+        weight: (out_features, in_features) of the float layer.
+        target: what the method approximated; the very weight if it was that.
+        module: the layer as it is stored.
+        spec: its storage budget.
+        statistics: of its input.
+        diagnostics: of each part that the layer was solved in.
+    """
+    stored = module.dequantize()
+    scale = loss = baseline = shift = 0.0
+    moments = statistics.moments[name]
+    for group, own in zip(row_groups(len(weight), len(moments)), moments, strict=True):
+        for start in range(group.start, group.stop, _ROWS_PER_PIECE):
+            rows = slice(start, min(group.stop, start + _ROWS_PER_PIECE))
+            wanted = target[rows].float()
+            scale += layer_loss(wanted, torch.zeros_like(wanted), own.hessian).sum().item()
+            loss += layer_loss(wanted, stored[rows], own.hessian).sum().item()
+            baseline += layer_loss(wanted, round_to_nearest(wanted, spec).dequantize(), own.hessian).sum().item()
+            if target is not weight:
+                shift += layer_loss(wanted, weight[rows], own.hessian).sum().item()
+    scale = scale or 1.0
+    return LayerResult(
+        name=name,
+        shape=(weight.shape[0], weight.shape[1]),
+        bits=spec.bits,
+        group_size=spec.group_size,
+        storage_bits=module.storage_bits,
+        num_tokens=statistics.num_tokens,
+        relative_loss=loss / scale,
+        rtn_relative_loss=baseline / scale,
+        target_shift=shift / scale,
+        diagnostics=_merged(diagnostics),
+    )
+
+
+def _merged(diagnostics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for reported in diagnostics:
+        for name, value in reported.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(own) if name in _SUMMED else max(own) for name, own in values.items()}

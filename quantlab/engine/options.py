@@ -1,0 +1,43 @@
+"""How the engine uses the machine, as opposed to what it computes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from quantlab.engine.solve import SolveOptions
+
+OptionsOf = Callable[[str], SolveOptions | None]
+"""The options of a layer by its full name in the model; None leaves the layer as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How the engine uses the machine.
+
+    Attributes:
+        memory_budget_bytes: the memory that the process may occupy; None for no limit.
+        activations: where hidden states are kept between blocks; "auto" takes memory if there is room.
+    """
+
+    memory_budget_bytes: int | None = None
+    activations: Literal["auto", "ram", "disk"] = "auto"
+
+
+@contextmanager
+def single_threaded(active: bool) -> Iterator[None]:
+    """Inside, if active, torch computes every operation on one thread.
+
+    Matrix products and factorisations split their sums by the number of threads, so their last digits depend on
+    it; there is no other setting that takes this dependence away.
+    """
+    threads = torch.get_num_threads()
+    if active:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if active:
+            torch.set_num_threads(threads)
