@@ -1,12 +1,14 @@
 """quantlab: the laboratory for weight-only post-training quantization of language models.
 
-Importing the package is cheap; torch and transformers are imported with the first name that needs them.
+Importing the package is cheap; torch and transformers are imported with the first name that needs them. From then on,
+or at once if it is imported already, transformers reads quantlab checkpoints (`quantlab.checkpoint.registration`).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from quantlab._version import __version__
+from quantlab.checkpoint.registration import register_when_imported
 
 if TYPE_CHECKING:
     from quantlab.api import (
@@ -57,3 +59,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'quantlab' has no attribute {name!r}")
+
+
+register_when_imported()

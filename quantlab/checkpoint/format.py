@@ -1,24 +1,30 @@
 """What `config.json` says about a quantized checkpoint: which modules are quantized, and how each is stored.
 
 The names and shapes of the stored tensors follow from `ModuleSpec` alone (`quantlab.runtime`), so a reader can
-check a file against them before it reads a single value.
+check a file against them before it reads a single value. `FORMAT.md` beside this file describes the whole folder.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import NoneType
 from typing import Final
 
 from quantlab.errors import CheckpointError
-from quantlab.runtime import ModuleSpec
+from quantlab.runtime import ModuleSpec, storage_layout
 
 QUANT_METHOD: Final = "quantlab"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 MIN_READER: Final = 1
+MIN_READER_OF_EXPERTS: Final = 2
 
 CONFIG_NAME: Final = "config.json"
 INDEX_NAME: Final = "quantlab.safetensors.index.json"
-SHARD_PATTERN: Final = r"quantlab-[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors"
+SHARD_PREFIX: Final = "quantlab-"
+SHARD_PATTERN: Final = SHARD_PREFIX + r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors"
+
+_KEYS_OF_FORMAT_1 = frozenset({"quant_method", "format_version", "min_reader", "method", "producer", "modules"})
+_KEYS_NEW_IN_FORMAT_2 = frozenset({"bits_per_weight", "unfused_experts"})
 
 
 @dataclass(frozen=True)
@@ -29,20 +35,31 @@ class QuantizationConfig:
         method: {"name", "options"} of what produced the codes; for people, not needed for loading.
         producer: {"name", "version"} of the program that wrote the files.
         modules: storage of every quantized layer by its exact module name; nothing else is quantized.
+        unfused_experts: names of the modules whose fused expert weights are stored as one layer per expert and
+            projection.
     """
 
     method: Mapping[str, object]
     producer: Mapping[str, object]
     modules: Mapping[str, ModuleSpec]
+    unfused_experts: tuple[str, ...] = ()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight: codes with their padding, codebooks and outliers; 0 without any."""
+        weights = sum(spec.out_features * spec.in_features for spec in self.modules.values())
+        return sum(storage_bits(spec) for spec in self.modules.values()) / weights if weights else 0.0
 
     def to_dict(self) -> dict[str, object]:
         """The section as plain JSON values."""
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
-            "min_reader": MIN_READER,
+            "min_reader": MIN_READER_OF_EXPERTS if self.unfused_experts else MIN_READER,
             "method": dict(self.method),
             "producer": dict(self.producer),
+            "bits_per_weight": self.bits_per_weight,
+            "unfused_experts": list(self.unfused_experts),
             "modules": {name: asdict(spec) for name, spec in self.modules.items()},
         }
 
@@ -58,22 +75,46 @@ class QuantizationConfig:
         """
         where = "quantization_config"
         values = _mapping(where, section)
-        _check_versions(values)
-        if values["format_version"] == FORMAT_VERSION:
-            _refuse_unknown(
-                where, values, {"quant_method", "format_version", "min_reader", "method", "producer", "modules"}
-            )
+        version = _check_versions(values)
+        known = _KEYS_OF_FORMAT_1 if version == 1 else _KEYS_OF_FORMAT_1 | _KEYS_NEW_IN_FORMAT_2
+        if version <= FORMAT_VERSION:
+            _refuse_unknown(where, values, known)
         method = _fields(f"{where}.method", _take(where, values, "method"), {"name": (str,), "options": (dict,)})
         producer = _fields(f"{where}.producer", _take(where, values, "producer"), {"name": (str,), "version": (str,)})
         modules = _mapping(f"{where}.modules", _take(where, values, "modules"))
-        return cls(
+        unprintable = [name for name in modules if not name.isprintable()]
+        if unprintable:
+            raise CheckpointError(f"{where}.modules: {unprintable[0]!r} cannot be the name of a module")
+        config = cls(
             method=method,
             producer=producer,
             modules={name: _module_spec(f"{where}.modules[{name!r}]", entry) for name, entry in modules.items()},
+            unfused_experts=() if version == 1 else _names(where, values, "unfused_experts"),
         )
+        if version > 1:
+            _check_bits_per_weight(f"{where}.bits_per_weight", _take(where, values, "bits_per_weight"), config)
+        return config
 
 
-def _check_versions(section: Mapping[str, object]) -> None:
+def storage_bits(spec: ModuleSpec) -> int:
+    """Bits that store the weight of one layer: codes with their padding, codebook, outliers; not the bias."""
+    return sum(8 * dtype.itemsize * math.prod(shape) for dtype, shape in storage_layout(spec).values())
+
+
+def _names(where: str, values: Mapping[str, object], key: str) -> tuple[str, ...]:
+    names = _take(where, values, key)
+    well_formed = isinstance(names, list) and all(isinstance(name, str) and name.isprintable() for name in names)
+    if not isinstance(names, list) or not well_formed or len(set(names)) != len(names):
+        raise CheckpointError(f"{where}.{key} is {names!r}; expected a list of different module names")
+    return tuple(names)
+
+
+def _check_bits_per_weight(where: str, value: object, config: QuantizationConfig) -> None:
+    if type(value) not in (int, float) or value != config.bits_per_weight:
+        raise CheckpointError(f"{where} is {value!r}; the modules take {config.bits_per_weight!r}")
+
+
+def _check_versions(section: Mapping[str, object]) -> int:
     if section.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
             f"quantization_config.quant_method is {section.get('quant_method')!r}; quantlab reads only {QUANT_METHOD!r}"
@@ -89,6 +130,7 @@ def _check_versions(section: Mapping[str, object]) -> None:
             f"the checkpoint has format {version} and needs a reader of format {min_reader}; "
             f"this quantlab reads format {FORMAT_VERSION}: upgrade quantlab"
         )
+    return version
 
 
 def _module_spec(where: str, entry: object) -> ModuleSpec:

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from quantlab.checkpoint.atomic import replacing
 from quantlab.checkpoint.format import CONFIG_NAME, INDEX_NAME, SHARD_PATTERN, QuantizationConfig
-from quantlab.errors import CheckpointError
+from quantlab.checkpoint.serialize import data_bytes, pieces, write_safetensors
+from quantlab.errors import CheckpointError, ResumableError
 
 SIDE_FILES = (
     "tokenizer*",
@@ -27,6 +28,26 @@ SIDE_FILES = (
 )
 
 
+def side_files(source: Path) -> list[str]:
+    """The names of the files that belong to a model besides its weights and its configuration."""
+    return sorted({path.name for pattern in SIDE_FILES for path in source.glob(pattern) if path.is_file()})
+
+
+def copy_side_files(source: Path, folder: Path) -> list[str]:
+    """Copy the side files of a model byte for byte; returns their names."""
+    names = side_files(source)
+    for name in names:
+        with replacing(folder / name) as temporary:
+            shutil.copyfile(source / name, temporary)
+    return names
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON object that is either complete or not there."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 class CheckpointWriter:
     """Writes shards as they arrive, and at the end what makes the folder a checkpoint.
 
@@ -35,21 +56,33 @@ class CheckpointWriter:
 
     Args:
         folder: created if it does not exist.
+
+    Raises:
+        ResumableError: on construction and by every method, if the system refuses to write.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResumableError(f"cannot write {folder}: {error}; choose a folder that may be written to") from error
         self._folder = folder
         self._weight_map: dict[str, str] = {}
         self._total_bytes = 0
         self._hashes: dict[str, str] = {}
 
-    def add_shard(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write `quantlab-<name>.safetensors`.
+    def add_shard(
+        self, name: str, tensors: Mapping[str, Tensor], *, narrow_to: torch.dtype | None = None
+    ) -> tuple[str, str]:
+        """Write `quantlab-<name>.safetensors`; an unfinished run may have left a file of that name, it is replaced.
 
         Args:
             name: letters, digits, `_`, `-` and `.`; new for every shard.
             tensors: by their name in the model.
+            narrow_to: the dtype for wider floating tensors where every value survives; None keeps all dtypes.
+
+        Returns:
+            The file's name and its SHA-256.
 
         Raises:
             CheckpointError: an invalid or repeated shard name; a tensor that is already written, on the meta
@@ -60,32 +93,44 @@ class CheckpointWriter:
             raise CheckpointError(f"{name!r} cannot name a shard: it is taken, or not made of letters, digits, _ - .")
         for tensor_name, tensor in tensors.items():
             self._check(tensor_name, tensor)
-        # Clones, since safetensors refuses tensors that share memory.
-        copies = {
-            key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
-        }
-        with replacing(self._folder / file) as temporary:
-            save_file(copies, temporary, metadata={"format": "pt"})
-        self._weight_map |= dict.fromkeys(copies, file)
-        self._total_bytes += sum(tensor.nbytes for tensor in copies.values())
-        self._note(file)
+        digest = write_safetensors(self._folder / file, tensors, narrow_to=narrow_to)
+        self._take_over(file, digest)
+        return file, digest
 
-    def finish(self, source: Path, config: Mapping[str, object], quantization: QuantizationConfig) -> None:
+    def path(self, file: str) -> Path:
+        """Where a file of the checkpoint is."""
+        return self._folder / file
+
+    def restore_shard(self, file: str, digest: str) -> None:
+        """Take over a shard that a former process wrote.
+
+        Args:
+            file: its name, as `add_shard` returned it.
+            digest: its SHA-256, as `add_shard` returned it.
+
+        Raises:
+            CheckpointError: the file is missing or has changed.
+        """
+        path = self._folder / file
+        if not path.is_file() or self._digest(file) != digest:
+            raise CheckpointError(
+                f"{path} is missing or not as it was written; the unfinished run cannot be continued, remove its folder"
+            )
+        self._take_over(file, digest)
+
+    def finish(self, source: Path | None, config: Mapping[str, object], quantization: QuantizationConfig) -> None:
         """Write the index and `config.json`, and copy the tokenizer's and other side files byte for byte.
 
         Args:
-            source: folder of the original model.
+            source: folder of the original model; None if there is nothing to copy.
             config: content of the model's own `config.json`.
             quantization: what is quantized, and how.
         """
-        for side_file in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern) if path.is_file()}):
-            with replacing(self._folder / side_file.name) as temporary:
-                shutil.copyfile(side_file, temporary)
-            self._note(side_file.name)
-        self._write_json(
-            INDEX_NAME,
-            {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(self._weight_map.items()))},
-        )
+        metadata = {"total_size": self._total_bytes, "sha256": self.files()}
+        if source is not None:
+            for name in copy_side_files(source, self._folder):
+                self._note(name)
+        self._write_json(INDEX_NAME, {"metadata": metadata, "weight_map": dict(sorted(self._weight_map.items()))})
         self._write_json(CONFIG_NAME, {**config, "quantization_config": quantization.to_dict()})
 
     def files(self) -> dict[str, str]:
@@ -97,14 +142,22 @@ class CheckpointWriter:
             raise CheckpointError(f"tensor {name} is already written to {self._weight_map[name]}")
         if tensor.is_meta:
             raise CheckpointError(f"tensor {name} has no values: it is on the meta device")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all(torch.isfinite(piece).all() for piece in pieces(tensor)):
             raise CheckpointError(f"tensor {name} contains NaN or infinity; it is not written")
 
+    def _take_over(self, file: str, digest: str) -> None:
+        with safe_open(self._folder / file, framework="pt") as shard:
+            self._weight_map |= dict.fromkeys(shard.keys(), file)
+        self._total_bytes += data_bytes(self._folder / file)
+        self._hashes[file] = digest
+
     def _write_json(self, name: str, content: Mapping[str, object]) -> None:
-        with replacing(self._folder / name) as temporary:
-            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(self._folder / name, content)
         self._note(name)
 
-    def _note(self, name: str) -> None:
-        with (self._folder / name).open("rb") as stream:
-            self._hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    def _note(self, file: str) -> None:
+        self._hashes[file] = self._digest(file)
+
+    def _digest(self, file: str) -> str:
+        with (self._folder / file).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -62,14 +62,17 @@ def build(config, dtype=torch.float32):
     return model, modules
 
 
-def write(model, modules, folder, source, dtype=torch.float32):
+def write(model, modules, folder, source, dtype=torch.float32, unfused_experts=()):
     writer = CheckpointWriter(folder)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     writer.add_shard("rest", {name: tensor for name, tensor in state.items() if ".0." not in name})
     writer.add_shard("block-00000", {name: tensor for name, tensor in state.items() if ".0." in name})
     config = json.loads(model.config.to_json_string(use_diff=False)) | {"dtype": str(dtype).removeprefix("torch.")}
     method, producer = {"name": "test", "options": {"x": 1}}, {"name": "quantlab-ptq", "version": "0"}
-    writer.finish(source, config, QuantizationConfig(method=method, producer=producer, modules=modules))
+    quantization = QuantizationConfig(
+        method=method, producer=producer, modules=modules, unfused_experts=tuple(unfused_experts)
+    )
+    writer.finish(source, config, quantization)
     return writer
 
 
@@ -89,3 +92,15 @@ def saved(tmp_path_factory):
         return written[name, dtype]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def build_model():
+    """The model behind `saved`, made anew, for tests that change it."""
+    return lambda name, dtype=torch.float32: build(CONFIGS[name], dtype)[0]
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint():
+    """Writes a model with `LutLinear` layers: (model, modules, folder, source, dtype, unfused_experts)."""
+    return write

@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ CONFIG = QuantizationConfig(
     method={"name": "ganq", "options": {"iterations": 10}},
     producer={"name": "quantlab-ptq", "version": "0.1.0"},
     modules={"model.layers.0.mlp.up_proj": SPEC},
+    unfused_experts=("model.layers.1.mlp.experts",),
 )
 MODULE = ("modules", "model.layers.0.mlp.up_proj")
 
@@ -34,7 +36,23 @@ def test_the_section_survives_json():
 
 def test_the_section_names_its_method_and_versions():
     section = CONFIG.to_dict()
-    assert (section["quant_method"], section["format_version"], section["min_reader"]) == ("quantlab", 1, 1)
+    assert (section["quant_method"], section["format_version"], section["min_reader"]) == ("quantlab", 2, 2)
+    assert replace(CONFIG, unfused_experts=()).to_dict()["min_reader"] == 1
+
+
+def test_bits_per_weight_count_codes_codebooks_and_outliers():
+    rows, words = 8, 4 * 2  # four planes of two words
+    bits = 32 * rows * words + 2 * 16 * rows * 2 + 32 * (rows + 1) + 3 * (32 + 16)
+    assert CONFIG.to_dict()["bits_per_weight"] == CONFIG.bits_per_weight == bits / (rows * 64)
+    assert replace(CONFIG, modules={}).bits_per_weight == 0
+
+
+def test_format_1_is_read_without_the_keys_that_are_new():
+    section = CONFIG.to_dict() | {"format_version": 1, "min_reader": 1}
+    with pytest.raises(CheckpointError, match=r"unknown keys \['bits_per_weight', 'unfused_experts'\]"):
+        QuantizationConfig.from_dict(section)
+    del section["bits_per_weight"], section["unfused_experts"]
+    assert QuantizationConfig.from_dict(section) == replace(CONFIG, unfused_experts=())
 
 
 def test_groups_follow_from_the_group_size():
@@ -50,7 +68,16 @@ def test_groups_follow_from_the_group_size():
         (("format_version",), KeyError, "format_version None"),
         (("format_version",), True, "format_version True"),
         (("min_reader",), 0, "min_reader 0"),
-        (("min_reader",), 2, "1 <= min_reader <= format_version"),
+        (("min_reader",), 3, "1 <= min_reader <= format_version"),
+        (("bits_per_weight",), KeyError, "has no 'bits_per_weight'"),
+        (("bits_per_weight",), 4.0, "bits_per_weight is 4.0; the modules take 5.8"),
+        (("bits_per_weight",), "4", "bits_per_weight is '4'; the modules take"),
+        (("unfused_experts",), KeyError, "has no 'unfused_experts'"),
+        (("modules", "a\x1b"), {}, "'a.x1b' cannot be the name of a module"),
+        (("unfused_experts",), ["a\n"], "expected a list of different module names"),
+        (("unfused_experts",), "a", "unfused_experts is 'a'; expected a list"),
+        (("unfused_experts",), [1], "expected a list of different module names"),
+        (("unfused_experts",), ["a", "a"], "expected a list of different module names"),
         (("methods",), {}, r"unknown keys \['methods'\]"),
         (("method",), KeyError, "has no 'method'"),
         (("method", "name"), 3, "method.name is 3; expected str"),
@@ -86,11 +113,11 @@ def test_a_section_that_is_not_an_object_is_refused(section):
 
 
 def test_a_checkpoint_that_needs_a_newer_reader_says_so():
-    section = CONFIG.to_dict() | {"format_version": 3, "min_reader": 2}
-    with pytest.raises(CheckpointError, match="needs a reader of format 2; this quantlab reads format 1: upgrade"):
+    section = CONFIG.to_dict() | {"format_version": 4, "min_reader": 3}
+    with pytest.raises(CheckpointError, match="needs a reader of format 3; this quantlab reads format 2: upgrade"):
         QuantizationConfig.from_dict(section)
 
 
 def test_a_newer_format_that_older_readers_may_read_is_read():
-    section = CONFIG.to_dict() | {"format_version": 2, "a_new_remark": "fine"}
+    section = CONFIG.to_dict() | {"format_version": 3, "a_new_remark": "fine"}
     assert QuantizationConfig.from_dict(section) == CONFIG

@@ -28,6 +28,14 @@ def edit_json(path, change):
     path.write_text(json.dumps(content))
 
 
+def as_format_1(config):
+    """The modules of a section that may be changed without changing bits_per_weight."""
+    section = config["quantization_config"]
+    section |= {"format_version": 1, "min_reader": 1}
+    del section["bits_per_weight"], section["unfused_experts"]
+    return section["modules"]
+
+
 def edit_block(folder, change):
     tensors = load_file(folder / BLOCK)
     change(tensors)
@@ -185,12 +193,12 @@ def test_values_that_overflow_in_the_requested_dtype_are_refused(checkpoint):
     ],
 )
 def test_modules_that_do_not_fit_the_model_are_refused(checkpoint, change, message):
-    edit_json(checkpoint / "config.json", lambda config: change(config["quantization_config"]["modules"]))
+    edit_json(checkpoint / "config.json", lambda config: change(as_format_1(config)))
     with pytest.raises(CheckpointError, match=message):
         load(checkpoint)
 
 
 def test_a_module_that_is_not_listed_is_not_swapped(checkpoint):
-    edit_json(checkpoint / "config.json", lambda config: config["quantization_config"]["modules"].pop(QUERY))
+    edit_json(checkpoint / "config.json", lambda config: as_format_1(config).pop(QUERY))
     with pytest.raises(CheckpointError, match=rf"unexpected tensor {QUERY}.codebook"):
         load(checkpoint)

@@ -38,7 +38,8 @@ def test_a_finished_checkpoint_has_shards_index_config_and_side_files(tmp_path, 
         "a.weight": "quantlab-rest.safetensors",
         "b.codes": "quantlab-block-00000.safetensors",
     }
-    assert index["metadata"] == {"total_size": 6 * 4 + 4 * 4}
+    shards = {name: digest for name, digest in writer.files().items() if name.endswith(".safetensors")}
+    assert index["metadata"] == {"total_size": 6 * 4 + 4 * 4, "sha256": shards}
     config = json.loads((folder / "config.json").read_text())
     assert config == {"model_type": "llama", "quantization_config": QUANTIZATION.to_dict()}
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "merges.txt", "generation_config.json"):
