@@ -23,7 +23,7 @@ if typing.TYPE_CHECKING:
 ENTRY_POINT_GROUP = "quantlab.quantizers"
 RESTRICTION_VARIABLE = "QUANTLAB_PLUGINS"
 RESERVED_OPTIONS = frozenset({"name", "bits", "group_size", "preset", "match", "skip"})
-"""Keys of a recipe's `method` section and layer rules; options stand beside them, so none may bear one of these names."""
+"""Keys of a recipe's `method` section and of its layer rules, where options stand beside them: no option may be one."""
 
 _SCALARS = (int, float, bool, str)
 _SCALAR_RULE = "int, float, bool, str, Literal[...], or one of these | None"

@@ -18,6 +18,7 @@ class Corpus:
         hub_config: configuration of that repository, or None.
         hub_files: the files to take by split, where the whole repository is too large.
         splits: what there is.
+        protocols: names of the perplexity protocols that read it.
         one_document_per_line: whether a plain text file of it holds a document in every line.
         separator: what joins the documents before calibration windows are drawn at random places; None draws each
             window within one document. The convention of GPTQ's code.
@@ -26,6 +27,7 @@ class Corpus:
 
     note: str
     splits: tuple[Split, ...]
+    protocols: tuple[str, ...]
     by_hand: str
     hub_id: str = ""
     hub_config: str | None = None
@@ -40,6 +42,7 @@ CORPORA = {
         hub_id="Salesforce/wikitext",
         hub_config="wikitext-2-raw-v1",
         splits=("train", "validation", "test"),
+        protocols=("wikitext2",),
         one_document_per_line=True,
         separator="\n\n",
         by_hand="wiki.train.raw and wiki.test.raw, or the parquet files of Salesforce/wikitext, wikitext-2-raw-v1",
@@ -52,11 +55,13 @@ CORPORA = {
             "validation": "en/c4-validation.00000-of-00008.json.gz",
         },
         splits=("train", "validation"),
+        protocols=("c4", "c4-new"),
         by_hand="en/c4-train.00000-of-01024.json.gz and en/c4-validation.00000-of-00008.json.gz of allenai/c4",
     ),
     "ptb": Corpus(
         note="Penn Treebank newspaper text; meaningless for LLaMA models",
         splits=("train", "validation", "test"),
+        protocols=("ptb", "ptb-new"),
         one_document_per_line=True,
         separator=" ",
         by_hand="ptb.train.txt, ptb.valid.txt and ptb.test.txt",

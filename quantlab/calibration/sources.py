@@ -24,6 +24,15 @@ def source_error(name: str) -> str | None:
     )
 
 
+def protocol_error(name: str) -> str | None:
+    """What is wrong with the name of a text to evaluate on, or None: a protocol of the literature, or a source."""
+    protocols = [protocol for corpus in CORPORA.values() for protocol in corpus.protocols]
+    if name in protocols:
+        return None
+    error = source_error(name)
+    return None if error is None else f"{error}; evaluation also knows {', '.join(protocols)}"
+
+
 def load_documents(name: str, split: Split) -> list[str]:
     """The documents of a source, in a fixed order.
 

@@ -8,7 +8,10 @@ from quantlab.calibration.corpora import Split
 from quantlab.cli.options import examples, json_option, verbose_option
 
 
-@click.group(short_help="Prepare text corpora for calibration and evaluation.")
+@click.group(
+    short_help="Prepare text corpora for calibration and evaluation.",
+    epilog=examples("quantlab data prepare wikitext2"),
+)
 def data() -> None:
     """Text corpora in one local, hashed format, so that results do not depend on where the text came from.
 

@@ -1,33 +1,113 @@
-"""Perplexity over non-overlapping windows, the protocol of the quantization literature.
+"""Perplexity of a model on the windows of a protocol, and of a quantized model beside its float model.
 
-Every window is a separate forward pass without special tokens; a window of n tokens gives n - 1 predictions.
-Perplexity is exp of the mean negative log-likelihood in nats over all predictions.
+Where the logits come from does not matter here: from a model in memory, or from one that is streamed block by block.
 """
 
-import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quantlab.evaluate.protocols import EvaluationWindows
+from quantlab.evaluate.scores import (
+    Estimate,
+    TokenScores,
+    agreement,
+    divergence,
+    negative_log_likelihood,
+    perplexity,
+    scored_positions,
+)
 from quantlab.progress import Progress
 
 TOKENS_PER_BATCH = 4096
 
+Forward = Callable[[int, Tensor], Tensor]
+"""(number of the batch, ids (windows, tokens)) to logits (windows, tokens, vocabulary)."""
+
+
+def in_memory(model: PreTrainedModel) -> Forward:
+    """The logits of a model that is loaded as a whole."""
+
+    def forward(_: int, ids: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    return forward
+
+
+def batches_of(windows: EvaluationWindows) -> tuple[Tensor, ...]:
+    """The windows in the batches in which they are evaluated: (windows, tokens) each."""
+    return torch.split(windows.ids, max(1, TOKENS_PER_BATCH // windows.ids.shape[1]))
+
+
+def measure_any(windows: EvaluationWindows, forwards: Sequence[Forward], progress: Progress) -> dict[str, Any]:
+    """`measure` for one model, `measure_pair` for a float and a quantized one."""
+    progress.begin(f"perplexity on {windows.protocol}", windows.ids.shape[0], "windows")
+    if len(forwards) == 1:
+        return measure(windows, forwards[0], progress)
+    reference, quantized = forwards
+    return measure_pair(windows, reference, quantized, progress)
+
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, ids: Tensor, progress: Progress) -> float:
-    """Perplexity of a causal LM.
+def measure(windows: EvaluationWindows, forward: Forward, progress: Progress) -> dict[str, Any]:
+    """Perplexity of one model.
 
-    Args:
-        model: in evaluation mode.
-        ids: (windows, sequence_length) token ids.
-        progress: is told about every finished window.
+    Returns:
+        "perplexity" and its "standard_error", beside the description of the windows.
     """
-    total = 0.0
-    for batch in ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1])):
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
-        total += loss.item()
-        progress.advance(len(batch))
-    return math.exp(total / (ids.shape[0] * (ids.shape[1] - 1)))
+    losses = []
+    for index, ids in enumerate(batches_of(windows)):
+        losses.append(negative_log_likelihood(forward(index, ids), ids))
+        progress.advance(len(ids))
+    result = perplexity(_estimate(windows, losses))
+    return {"perplexity": result.value, "standard_error": result.standard_error, **_description(windows)}
+
+
+@torch.inference_mode()
+def measure_pair(
+    windows: EvaluationWindows, float_forward: Forward, quantized_forward: Forward, progress: Progress
+) -> dict[str, Any]:
+    """Perplexities of a float and a quantized model, and how far the one is from the other.
+
+    Returns:
+        "float" and "quantized" (perplexities) with "float_standard_error" and "quantized_standard_error"; "kl", the
+        mean of KL(float || quantized) in nats per token, with "kl_standard_error"; "top1_agreement", the share of
+        tokens for which both models find the same token likeliest; beside the description of the windows.
+    """
+    scores: dict[str, list[Tensor]] = {"float": [], "quantized": [], "kl": [], "top1_agreement": []}
+    for index, ids in enumerate(batches_of(windows)):
+        float_logits, quantized_logits = float_forward(index, ids), quantized_forward(index, ids)
+        scores["float"].append(negative_log_likelihood(float_logits, ids))
+        scores["quantized"].append(negative_log_likelihood(quantized_logits, ids))
+        scores["kl"].append(divergence(float_logits, quantized_logits))
+        scores["top1_agreement"].append(agreement(float_logits, quantized_logits))
+        progress.advance(len(ids))
+    estimates = {name: _estimate(windows, values) for name, values in scores.items()}
+    for name in ("float", "quantized"):
+        estimates[name] = perplexity(estimates[name])
+    return {
+        **{name: estimate.value for name, estimate in estimates.items()},
+        **{f"{name}_standard_error": estimate.standard_error for name, estimate in estimates.items()},
+        **_description(windows),
+    }
+
+
+def _estimate(windows: EvaluationWindows, values: list[Tensor]) -> Estimate:
+    scored = scored_positions(windows)
+    return TokenScores(values=torch.cat(values) * scored, scored=scored).estimate()
+
+
+def _description(windows: EvaluationWindows) -> dict[str, Any]:
+    return {
+        "protocol_version": windows.version,
+        "bos": windows.bos,
+        "stride": windows.stride,
+        "tokens": windows.ids.numel(),
+        "windows": windows.ids.shape[0],
+        "sequence_length": windows.ids.shape[1],
+        "token_sha256": windows.sha256,
+    }

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quantlab.calibration.corpora import Split
-from quantlab.calibration.sources import load_documents, source_error
+from quantlab.calibration.sources import load_documents, protocol_error
 from quantlab.calibration.tokens import sample_within_documents
-from quantlab.errors import DataError, did_you_mean
+from quantlab.errors import DataError
 
 Bos = Literal["none", "tokenizer", "each_window"]
 """`none`: no special tokens; `tokenizer`: what the tokenizer puts around a text, once per tokenised text;
@@ -261,11 +261,3 @@ def find_protocol(name: str) -> Protocol:
         bos="none",
         cut=_one_by_one,
     )
-
-
-def protocol_error(name: str) -> str | None:
-    """What is wrong with the name of a protocol, or None; says nothing about whether its text can be read."""
-    if name in PROTOCOLS:
-        return None
-    error = source_error(name)
-    return None if error is None else f"{error}{did_you_mean(name, PROTOCOLS)}"

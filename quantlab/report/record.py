@@ -14,7 +14,7 @@ class RunRecord:
 
     Attributes:
         manifest: content of manifest.json: model, method, storage, timings, layers, provenance.
-        perplexity: by corpus: "float", "quantized", "tokens", "windows", "sequence_length", "token_sha256".
+        perplexity: by protocol, what `quantlab.evaluate.perplexity.measure_pair` returns.
     """
 
     manifest: dict[str, Any]

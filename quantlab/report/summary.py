@@ -34,9 +34,12 @@ def summary_rows(record: RunRecord) -> list[list[str]]:
     reference = ["float", f"{record.source_bits_per_weight:.4g}", format_bytes(manifest["source_bytes"])]
     quantized = [record.label, f"{manifest['bits_per_weight']:.3f}", format_bytes(manifest["checkpoint_bytes"])]
     for corpus, values in record.perplexity.items():
-        header.append(f"perplexity {corpus}")
-        reference.append(f"{values['float']:.3f}")
-        quantized.append(f"{values['quantized']:.3f} ({values['quantized'] - values['float']:+.3f})")
+        header += [f"perplexity {corpus}", "KL to float"]
+        reference += [f"{values['float']:.3f}", ""]
+        quantized += [
+            f"{values['quantized']:.3f} ({values['quantized'] - values['float']:+.3f})",
+            f"{values['kl']:.4f}",
+        ]
     header += ["quantization", "peak memory"]
     reference += ["", ""]
     quantized += [format_duration(manifest["stages_s"]["quantize"]), format_bytes(manifest["peak_rss_bytes"])]

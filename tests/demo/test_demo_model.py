@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantlab.calibration.tokens import evaluation_windows, load_tokenizer
-from quantlab.evaluate.perplexity import perplexity
+from quantlab.calibration.tokens import load_tokenizer
+from quantlab.evaluate.perplexity import in_memory, measure
+from quantlab.evaluate.protocols import WindowOptions, evaluation_windows, find_protocol
 from quantlab.models import resolve_model
 from quantlab.progress import NoProgress
 from quantlab.skeleton import build_skeleton, load_model, read_config
@@ -34,10 +35,13 @@ def test_its_tokenizer_is_lossless():
 
 
 def test_it_predicts_held_out_code_as_well_as_its_card_says():
-    windows = evaluation_windows(load_tokenizer(FOLDER), "stdlib", sequence_length=512, num_windows=16)
+    options = WindowOptions(sequence_length=512, num_windows=16)
+    windows = evaluation_windows(load_tokenizer(FOLDER), find_protocol("stdlib"), options)
     card = json.loads((FOLDER / "training.json").read_text())
-    measured = perplexity(load_model(FOLDER, torch.float32), windows.ids, NoProgress())
-    assert measured == pytest.approx(card["held_out_perplexity"], rel=0.25)  # a sample of another Python's text
+    measured = measure(windows, in_memory(load_model(FOLDER, torch.float32)), NoProgress())
+    assert measured["perplexity"] == pytest.approx(
+        card["held_out_perplexity"], rel=0.25
+    )  # a sample of another Python's text
 
 
 def test_its_card_quotes_the_record_of_its_training():

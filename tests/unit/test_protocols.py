@@ -7,10 +7,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from quantlab.calibration.corpora import CORPORA
 from quantlab.calibration.prepare import prepare
 from quantlab.calibration.prepared import write_split
+from quantlab.calibration.sources import protocol_error
 from quantlab.errors import DataError
-from quantlab.evaluate.protocols import PROTOCOLS, WindowOptions, evaluation_windows, find_protocol, protocol_error
+from quantlab.evaluate.protocols import PROTOCOLS, WindowOptions, evaluation_windows, find_protocol
 from quantlab.evaluate.scores import (
     TokenScores,
     agreement,
@@ -123,10 +125,10 @@ def test_what_contradicts_the_protocol_or_the_tokenizer_is_refused(tokenizer, co
         cut(plain, "wikitext2", sequence_length=6, bos="each_window")
 
 
-def test_unknown_protocols_are_guessed():
+def test_every_corpus_names_its_protocols():
+    assert [name for corpus in CORPORA.values() for name in corpus.protocols] == list(PROTOCOLS)
     assert protocol_error("c4-new") is None
     assert "did you mean wikitext2?" in protocol_error("wikitext-2")
-    assert {"wikitext2", "c4", "c4-new", "ptb", "ptb-new"} == set(PROTOCOLS)
 
 
 @pytest.fixture(scope="module")

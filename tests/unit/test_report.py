@@ -42,6 +42,7 @@ def example_evaluation():
     values = {
         "float": 10.0,
         "quantized": 10.5,
+        "kl": 0.05,
         "tokens": 256,
         "windows": 4,
         "sequence_length": 64,
@@ -70,8 +71,8 @@ def rendered(folder):
 def test_table_compares_the_float_and_the_quantized_model(write):
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in rendered(write()).splitlines() if "│" in line]
     assert cells == [
-        ["float", "16", "4.03 MB", "10.000", "", ""],
-        ["ganq 4-bit", "4.250", "1.25 MB", "10.500 (+0.500)", "12.3 s", "812 MB"],
+        ["float", "16", "4.03 MB", "10.000", "", "", ""],
+        ["ganq 4-bit", "4.250", "1.25 MB", "10.500 (+0.500)", "0.0500", "12.3 s", "812 MB"],
     ]
 
 

@@ -1,0 +1,95 @@
+"""`quantlab profile`: speed and memory of generation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantlab.cli.options import examples, json_option, verbose_option
+
+
+@click.command(
+    short_help="Measure generation: speed, memory, size.",
+    epilog=examples(
+        "quantlab profile runs/ganq_w4-demo --new-tokens 64",
+        "quantlab profile ./my-checkpoint --against ./float-model --dtype bfloat16",
+    ),
+)
+@click.argument("model")
+@click.option(
+    "--against", metavar="MODEL", help="The float model to compare with.  [default: the one that the run started from]"
+)
+@click.option("--prompt", default="import os\n", show_default=True, help="Text to start from.")
+@click.option("--new-tokens", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens to generate.")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Turns of each model.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: as stored]")
+@click.option("--device", default="cpu", show_default=True, help="Such as cpu or cuda:0.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the results as JSON to this file.")
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress; only the result.")
+@verbose_option
+def profile(
+    model: str,
+    against: str | None,
+    prompt: str,
+    new_tokens: int,
+    repeats: int,
+    dtype: str | None,
+    device: str,
+    output: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Generate from MODEL greedily, one sequence token by token, in turns with the float model.
+
+    MODEL is the folder of a run or of a checkpoint, or any float model. Ratios are taken turn by turn.
+    """
+    from quantlab.cli.progress import choose_progress
+    from quantlab.evaluate.profile import ProfileOptions, profile_subjects
+    from quantlab.evaluate.subject import find_subject
+
+    subject = find_subject(model)
+    reference = against or subject.source
+    subjects = [*([find_subject(reference)] if reference else []), subject]
+    options = ProfileOptions(prompt=prompt, new_tokens=new_tokens, repeats=repeats, dtype=dtype, device=device)
+    with choose_progress(quiet=quiet or as_json) as progress:
+        results = profile_subjects(subjects, options, progress)
+    if output is not None:
+        output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+    else:
+        _print(results)
+
+
+def _print(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from quantlab.report.units import format_bytes, format_duration
+
+    table = Table(header_style="bold")
+    table.add_column("model")
+    for name in ("tokens/s", "speed-up", "ms/token p50 p90 p99", "prefill tokens/s", "load", "on disk", "weights"):
+        table.add_column(name, justify="right")
+    for name, values in results["models"].items():
+        low, high = values["speedup_range"]
+        table.add_row(
+            name,
+            f"{values['tokens_per_s']:.1f}",
+            f"{values['speedup']:.2f} ({low:.2f} to {high:.2f})",
+            " ".join(f"{value:.2f}" for value in values["ms_per_token"].values()),
+            f"{values['prefill_tokens_per_s']:.0f}",
+            format_duration(values["load_s"]),
+            format_bytes(values["bytes_on_disk"]),
+            format_bytes(values["weight_bytes"]),
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"peak memory of the process: {format_bytes(results['peak_rss_bytes'])}; {results['threads']} threads"
+    )
+    for name, values in results["models"].items():
+        console.print(f"\n[bold]{name}[/bold]")
+        console.print(values["text"], markup=False, highlight=False)

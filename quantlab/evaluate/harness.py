@@ -1,0 +1,139 @@
+"""Zero-shot and few-shot tasks through lm-eval, on a model in memory."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quantlab.errors import DataError, did_you_mean
+from quantlab.evaluate.tasks import BUILT_IN, local_tasks, write_built_in, write_task
+
+GROUPS = {
+    "ganq-zeroshot": ("hellaswag", "boolq", "rte", "winogrande", "arc_easy", "arc_challenge"),
+}
+"""Sets of tasks that papers report together: the zero-shot tasks of GANQ (arXiv:2501.12956, Table 4)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """What is evaluated.
+
+    Attributes:
+        tasks: names of lm-eval tasks, of local tasks, of `GROUPS`, or `stdlib_continuation`.
+        num_fewshot: solved examples before each question; None means as the task does.
+        limit: at most so many questions per task; None means all.
+        batch_size: questions at a time.
+        tasks_dir: folder of local tasks, which take precedence over lm-eval's of the same name.
+    """
+
+    tasks: tuple[str, ...]
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    tasks_dir: Path | None = None
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TaskOptions,
+    samples_file: Path | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model on tasks.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: of the model.
+        options: what to evaluate.
+        samples_file: receives one JSON line per question, or None.
+
+    Returns:
+        "lm_eval_version", and by task its "version", "num_fewshot", "samples", whether its data are "local", and by
+        metric the "value" and its "standard_error".
+
+    Raises:
+        DataError: a task is unknown, or its data cannot be had.
+    """
+    import lm_eval  # takes seconds to import, and most commands need it never
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    names = list(dict.fromkeys(name for task in options.tasks for name in GROUPS.get(task, (task,))))
+    local = local_tasks(options.tasks_dir) if options.tasks_dir is not None else {}
+    own = {BUILT_IN, *local}
+    manager = TaskManager(include_defaults=not own.issuperset(names))
+    _require_known(names, [*own, *manager.all_tasks])
+    with tempfile.TemporaryDirectory() as folder:
+        configured: list[str | dict[str, Any]] = [_configure(name, local, Path(folder)) for name in names]
+        try:
+            results = lm_eval.simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size),
+                tasks=configured,
+                task_manager=manager,
+                num_fewshot=options.num_fewshot,
+                limit=options.limit,
+                log_samples=samples_file is not None,
+                bootstrap_iters=1000,
+            )
+        except (ConnectionError, FileNotFoundError) as error:  # of `datasets`, for data that are not on this machine
+            raise DataError(
+                f"the data of one of {', '.join(names)} cannot be had ({type(error).__name__}: {error}); without "
+                "network put them as JSON lines into a folder, NAME.jsonl or NAME/*.jsonl, and give --tasks-dir"
+            ) from error
+    if samples_file is not None:
+        _write_samples(samples_file, results["samples"])
+    return {
+        "lm_eval_version": version("lm-eval"),
+        "tasks": {name: _summarize(name, results, is_local=name in own) for name in results["results"]},
+    }
+
+
+def _configure(name: str, local: dict[str, list[Path]], folder: Path) -> str | dict[str, Any]:
+    if name in local:
+        return write_task(name, local[name], folder)
+    return write_built_in(folder) if name == BUILT_IN else name
+
+
+def _require_known(names: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise DataError(
+            f"no task {unknown[0]}{did_you_mean(unknown[0], [*known, *GROUPS])}; there are lm-eval's tasks, "
+            f"{', '.join(GROUPS)}, {BUILT_IN}, and those of --tasks-dir"
+        )
+
+
+def _summarize(name: str, results: dict[str, Any], *, is_local: bool) -> dict[str, Any]:
+    values = results["results"][name]
+    # lm-eval names a metric "acc,none": the metric and the filter that the answers went through.
+    metrics = {key: value for key, value in values.items() if "," in key and "_stderr," not in key}
+    return {
+        "version": results["versions"].get(name),
+        "num_fewshot": results["n-shot"].get(name),
+        "samples": results["n-samples"].get(name, {}).get("effective"),
+        "local": is_local,
+        "metrics": {
+            key.removesuffix(",none"): {
+                "value": value,
+                "standard_error": _number(values.get(key.replace(",", "_stderr,", 1))),
+            }
+            for key, value in metrics.items()
+        },
+    }
+
+
+def _number(value: object) -> float | None:
+    """The standard error; lm-eval writes "N/A" where there is none."""
+    return value if isinstance(value, float) else None
+
+
+def _write_samples(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for task, questions in samples.items():
+            for question in questions:
+                file.write(json.dumps({"task": task, **question}, default=str) + "\n")

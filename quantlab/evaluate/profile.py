@@ -1,0 +1,193 @@
+"""Generation as a user feels it: one sequence, token by token, beside the float model in the same run.
+
+The models take turns, so that what disturbs the machine disturbs both, and ratios are taken turn by turn. Times are
+wall times on a CPU, and on a CUDA device times between events of its stream.
+"""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quantlab.calibration.tokens import load_tokenizer
+from quantlab.evaluate.subject import Subject
+from quantlab.memory import peak_rss_bytes
+from quantlab.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """What is generated, and how.
+
+    Attributes:
+        prompt: text to start from.
+        new_tokens: tokens to generate.
+        repeats: turns that each model takes.
+        dtype: what the models compute in, or None for what they are stored in.
+        device: where they compute.
+    """
+
+    prompt: str = "import os\n"
+    new_tokens: int = 1024
+    repeats: int = 3
+    dtype: str | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Turn:
+    """One generation.
+
+    Attributes:
+        prefill_s: time until the first token.
+        token_s: time of each further token.
+        ids: (new_tokens,) what was generated.
+    """
+
+    prefill_s: float
+    token_s: Sequence[float]
+    ids: Tensor
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoding speed, without the prefill."""
+        return len(self.token_s) / sum(self.token_s)
+
+
+def profile_subjects(subjects: Sequence[Subject], options: ProfileOptions, progress: Progress) -> dict[str, Any]:
+    """Measure greedy generation.
+
+    Args:
+        subjects: what to measure; the first one is what the others are compared with.
+        options: how much to generate, and how.
+        progress: is told about every turn.
+
+    Returns:
+        "models" by name: "prefill_tokens_per_s" and "tokens_per_s" (medians over the turns), "ms_per_token"
+        (percentiles 50, 90 and 99), "speedup" against the first model with its "speedup_range" over the turns,
+        "weight_bytes" (tensors of the model), "bytes_on_disk", "load_s", "device_peak_bytes" (CUDA only) and the
+        generated "text"; beside them "peak_rss_bytes" of the process with all models, "threads", "device" and "torch".
+
+    Raises:
+        QuantlabError: a model cannot be loaded.
+    """
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    models: dict[str, PreTrainedModel] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for subject in subjects:
+        started = time.perf_counter()
+        models[subject.name] = subject.load(dtype).to(options.device)  # type: ignore[arg-type]  # a decorated method
+        results[subject.name] = {
+            "load_s": time.perf_counter() - started,
+            "bytes_on_disk": subject.bytes_on_disk,
+            "weight_bytes": _weight_bytes(models[subject.name]),
+        }
+    tokenizer = load_tokenizer(subjects[0].folder)
+    prompt = torch.tensor(tokenizer(options.prompt)["input_ids"])
+    for name, values in _take_turns(models, prompt, options, progress).items():
+        text = str(tokenizer.decode(values.pop("ids")))
+        results[name] |= {**values, "text": options.prompt + text}
+    return {
+        "models": results,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "threads": torch.get_num_threads(),
+        "device": options.device,
+        "torch": torch.__version__,
+    }
+
+
+def _take_turns(
+    models: Mapping[str, PreTrainedModel], prompt: Tensor, options: ProfileOptions, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    turns: dict[str, list[Turn]] = {name: [] for name in models}
+    peaks: dict[str, int | None] = {}
+    progress.begin("generating", len(models) * (options.repeats + 1), "turns")
+    for name, model in models.items():
+        peaks[name] = _warm_up(model, prompt)
+        progress.advance()
+    for _ in range(options.repeats):
+        for name, model in models.items():
+            turns[name].append(_generate(model, prompt, options.new_tokens))
+            progress.advance(detail=f"{name}: {turns[name][-1].tokens_per_s:.1f} tokens/s")
+    baseline = turns[next(iter(models))]
+    return {
+        name: {**_summarize(turns[name], baseline, len(prompt)), "device_peak_bytes": peaks[name]} for name in models
+    }
+
+
+def _summarize(turns: Sequence[Turn], baseline: Sequence[Turn], prompt_tokens: int) -> dict[str, Any]:
+    milliseconds = sorted(1000 * seconds for turn in turns for seconds in turn.token_s)
+    speedups = [turn.tokens_per_s / other.tokens_per_s for turn, other in zip(turns, baseline, strict=True)]
+    return {
+        "prefill_tokens_per_s": prompt_tokens / statistics.median(turn.prefill_s for turn in turns),
+        "tokens_per_s": statistics.median(turn.tokens_per_s for turn in turns),
+        "ms_per_token": {str(rank): _percentile(milliseconds, rank) for rank in (50, 90, 99)},
+        "speedup": statistics.median(speedups),
+        "speedup_range": [min(speedups), max(speedups)],
+        "ids": turns[0].ids.tolist(),
+    }
+
+
+def _percentile(ascending: Sequence[float], rank: int) -> float:
+    return ascending[min(len(ascending) - 1, rank * len(ascending) // 100)]
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all distinct tensors of the model; tied weights count once."""
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensors.values())
+
+
+def _warm_up(model: PreTrainedModel, prompt: Tensor) -> int | None:
+    """Let the model allocate and prepare what it needs; returns the peak of its device's memory, if it has one."""
+    device = model.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    _generate(model, prompt, 4)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+@torch.inference_mode()
+def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Turn:
+    ids = prompt[None].to(model.device)
+    clock = _Clock(model.device)
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    chosen = [output.logits[:, -1:].argmax(dim=-1)]
+    clock.tick()
+    for _ in range(new_tokens - 1):
+        output = model(input_ids=chosen[-1], past_key_values=output.past_key_values, use_cache=True)
+        chosen.append(output.logits[:, -1:].argmax(dim=-1))
+        clock.tick()
+    prefill, *tokens = clock.intervals_s()
+    return Turn(prefill_s=prefill, token_s=tokens, ids=torch.cat(chosen, dim=1)[0].cpu())
+
+
+class _Clock:
+    """Times between ticks; on a CUDA device by events, so that ticking does not make the device wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[Any] = []
+        self.tick()
+
+    def tick(self) -> None:
+        """Mark this moment."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def intervals_s(self) -> list[float]:
+        """Seconds between successive ticks."""
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            return [before.elapsed_time(after) / 1000 for before, after in pairs]
+        return [after - before for before, after in pairs]

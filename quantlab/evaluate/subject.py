@@ -1,0 +1,95 @@
+"""What an evaluation is about: a run, a quantized checkpoint or a float model, told apart and loaded."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from quantlab.checkpoint.reader import load
+from quantlab.engine.forward import CheckpointParts, FloatParts, ModelParts
+from quantlab.errors import ModelError
+from quantlab.models import resolve_model
+from quantlab.skeleton import load_model
+
+MODEL_FOLDER = "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model to evaluate.
+
+    Attributes:
+        name: as the user gave it.
+        folder: with its weights and tokenizer.
+        is_quantized: whether it is a checkpoint of quantlab.
+        source: the float model that a run started from; None if it is not known.
+    """
+
+    name: str
+    folder: Path
+    is_quantized: bool
+    source: str | None = None
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of the weight files."""
+        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in unless told otherwise."""
+        config = _config(self.folder)
+        dtype: torch.dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+        return dtype
+
+    def load(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The model in evaluation mode.
+
+        Args:
+            dtype: what it computes in; None means as stored.
+
+        Raises:
+            QuantlabError: it cannot be loaded.
+        """
+        if self.is_quantized:
+            return load(self.folder, dtype=dtype)
+        return load_model(self.folder, dtype or self.dtype)
+
+    def open_parts(self, dtype: torch.dtype) -> ModelParts:
+        """The model, to be loaded block by block.
+
+        Args:
+            dtype: what it computes in.
+
+        Raises:
+            QuantlabError: it cannot be streamed.
+        """
+        return CheckpointParts(self.folder, dtype) if self.is_quantized else FloatParts(self.folder, dtype)
+
+
+def find_subject(name: str) -> Subject:
+    """Find a model by the folder of a run, the folder of a checkpoint, or anything that names a float model.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "manifest.json").is_file() and (folder / MODEL_FOLDER / "config.json").is_file():
+        source = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["model"]["path"]
+        return Subject(name=name, folder=folder / MODEL_FOLDER, is_quantized=True, source=source)
+    if _config(folder).get("quantization_config", {}).get("quant_method") == "quantlab":
+        return Subject(name=name, folder=folder, is_quantized=True)
+    return Subject(name=name, folder=resolve_model(name), is_quantized=False)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {folder / 'config.json'}: {error}") from error
+    return content
