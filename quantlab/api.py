@@ -19,7 +19,7 @@ from torch import Tensor
 
 MIN_BITS, MAX_BITS = 2, 8
 
-_ROWS, _COLUMNS = 512, 1024  # treated at a time where a whole matrix would need a wider copy
+_ROWS, _COLUMNS = 512, 256  # treated at a time where a whole matrix would need a wider copy
 
 
 class Statistic(Enum):

@@ -52,6 +52,12 @@ class PluginError(QuantlabError):
     exit_code = 78
 
 
+class InstallationError(QuantlabError):
+    """What quantlab needs is missing, of the wrong version, or in the way of something else."""
+
+    exit_code = 78
+
+
 class NumericalError(QuantlabError):
     """A layer cannot be solved in floating point; the message names the layer's data and what was tried."""
 

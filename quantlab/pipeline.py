@@ -9,9 +9,9 @@ import math
 import platform
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -34,18 +34,21 @@ from quantlab.engine.fingerprint import (
     require_same_run,
     source_fingerprint,
 )
-from quantlab.engine.forward import CheckpointParts, FloatParts, ModelParts, streamed_logits
 from quantlab.engine.options import single_threaded
 from quantlab.engine.solve import SolveOptions
 from quantlab.engine.stream import StreamRequest, StreamResult, quantize_model
 from quantlab.errors import QualityError
-from quantlab.evaluate.perplexity import Forward, batches_of, in_memory, measure_pair
+from quantlab.evaluate.evaluation import must_stream
+from quantlab.evaluate.harness import TaskOptions, compare_on_tasks, require_tasks
+from quantlab.evaluate.perplexity import Forward, in_memory, measure_any
 from quantlab.evaluate.protocols import EvaluationWindows, WindowOptions, evaluation_windows, find_protocol
+from quantlab.evaluate.streamed import measure_streamed, streamed_forward
+from quantlab.evaluate.subject import Subject
 from quantlab.memory import peak_rss_bytes
 from quantlab.models import model_label, resolve_model
 from quantlab.plan import Plan, compute_dtype, engine_options, plan_run, statistics_options, window_length
 from quantlab.progress import LoggedProgress, NoProgress, Progress
-from quantlab.recipe import LoadedRecipe, dump_recipe, load_recipe
+from quantlab.recipe import LoadedRecipe, Recipe, dump_recipe, load_recipe
 from quantlab.recipe.layers import MethodAssignment, assign_methods
 from quantlab.report.markdown import write_markdown
 from quantlab.skeleton import load_model, read_config, weight_files
@@ -169,6 +172,8 @@ class _Run:
         self.config = read_config(model_folder)
         self.dtype = compute_dtype(recipe, self.config)
         self.tokenizer = load_tokenizer(model_folder)
+        self.float_model = Subject(name="float", folder=model_folder, is_quantized=False)
+        self.quantized_model = Subject(name="quantized", folder=self.folder / MODEL_FOLDER, is_quantized=True)
         self.started = time.monotonic()
         self.stages_s: dict[str, float] = {}
 
@@ -191,6 +196,8 @@ class _Run:
             num_windows=evaluation.num_windows,
         )
         corpora = [evaluation_windows(self.tokenizer, find_protocol(name), options) for name in evaluation.perplexity]
+        if evaluation.tasks:
+            require_tasks(task_options(self.recipe))
         return calibration, corpora
 
     def identify(self, calibration: TokenWindows) -> None:
@@ -253,18 +260,18 @@ class _Run:
         )
 
     def evaluate(self, stream: StreamResult, corpora: list[EvaluationWindows]) -> dict[str, Any]:
-        """Check the written checkpoint, and measure it beside the float model on every corpus."""
-        if self.recipe.engine.memory_budget is not None:
-            return {"perplexity": self._evaluate_streamed(stream, corpora)}
+        """Check the written checkpoint, and measure it beside the float model on every corpus and task."""
+        budget = engine_options(self.recipe).memory_budget_bytes
+        streamed = must_stream([self.float_model, self.quantized_model], self.dtype, budget)
+        measure = self._evaluate_streamed if streamed else self._evaluate_in_memory
+        return {"perplexity": measure(stream, corpora), **self._evaluate_tasks()}
+
+    def _evaluate_in_memory(self, stream: StreamResult, corpora: list[EvaluationWindows]) -> dict[str, Any]:
         quantized = self._reload(stream)
         if not corpora:
-            return {"perplexity": {}}
-        reference = self.reference or in_memory(load_model(self.model_folder, self.dtype))
-        results = {}
-        for corpus in corpora:
-            self.progress.begin(f"perplexity on {corpus.protocol}", corpus.ids.shape[0], "windows")
-            results[corpus.protocol] = measure_pair(corpus, reference, in_memory(quantized), self.progress)
-        return {"perplexity": results}
+            return {}
+        forwards = [self.reference or in_memory(load_model(self.model_folder, self.dtype)), in_memory(quantized)]
+        return {corpus.protocol: measure_any(corpus, forwards, self.progress) for corpus in corpora}
 
     def _reload(self, stream: StreamResult) -> PreTrainedModel:
         """Load the written checkpoint and check that it computes what the engine computed."""
@@ -275,29 +282,23 @@ class _Run:
 
     def _evaluate_streamed(self, stream: StreamResult, corpora: list[EvaluationWindows]) -> dict[str, Any]:
         """The same with one block in memory at a time."""
-        with self._streamed("quantized", (stream.check_ids,), "the check") as logits:
-            _require_reproduced(logits(0, stream.check_ids), stream)
-        results = {}
-        for corpus in corpora:
-            batches = batches_of(corpus)
-            with (
-                self._streamed("float", batches, corpus.protocol) as reference,
-                self._streamed("quantized", batches, corpus.protocol) as quantized,
-            ):
-                self.progress.begin(f"perplexity on {corpus.protocol}", corpus.ids.shape[0], "windows")
-                results[corpus.protocol] = measure_pair(corpus, reference, quantized, self.progress)
-        return results
-
-    @contextmanager
-    def _streamed(self, model: str, batches: Sequence[Tensor], text: str) -> Iterator[Forward]:
-        parts: ModelParts = (
-            FloatParts(self.model_folder, self.dtype)
-            if model == "float"
-            else CheckpointParts(self.folder / MODEL_FOLDER)
+        work, progress = self.workspace.work, self.progress
+        float_parts, quantized_parts = (
+            partial(model.open_parts, self.dtype) for model in (self.float_model, self.quantized_model)
         )
-        self.progress.begin(f"running {text} through the {model} model", len(parts.blocks), "blocks")
-        with streamed_logits(parts, batches, self.workspace.work / model, self.progress.advance) as logits:
-            yield logits
+        what = "the check through the quantized model"
+        with streamed_forward(quantized_parts, (stream.check_ids,), what, work / "check", progress) as forward:
+            _require_reproduced(forward(0, stream.check_ids), stream)
+        models = {"the float model": float_parts, "the quantized model": quantized_parts}
+        return {corpus.protocol: measure_streamed(corpus, models, work / "evaluation", progress) for corpus in corpora}
+
+    def _evaluate_tasks(self) -> dict[str, Any]:
+        options = task_options(self.recipe)
+        if not options.tasks:
+            return {}
+        models = {"float": self.float_model, "quantized": self.quantized_model}
+        loaders = {name: partial(model.load, self.dtype) for name, model in models.items()}
+        return compare_on_tasks(loaders, self.tokenizer, options, self.progress)
 
     def manifest(
         self, plan: Plan, calibration: TokenWindows, stream: StreamResult, files: dict[str, str], command: str
@@ -351,6 +352,17 @@ class _Run:
             "command": command,
             "files": files,
         }
+
+
+def task_options(recipe: Recipe) -> TaskOptions:
+    """The tasks of a recipe."""
+    section = recipe.evaluation
+    return TaskOptions(
+        tasks=section.tasks,
+        num_fewshot=section.num_fewshot,
+        limit=section.limit,
+        tasks_dir=None if section.tasks_dir is None else Path(section.tasks_dir).expanduser(),
+    )
 
 
 def _require_reproduced(logits: Tensor, stream: StreamResult) -> None:

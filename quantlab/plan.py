@@ -84,7 +84,7 @@ def plan_run(assignment: MethodAssignment, config: PretrainedConfig) -> Plan:
         RecipeError: recipe and model do not fit together; all problems at once.
     """
     recipe = assignment.loaded.recipe
-    problems = [*_window_problems(recipe, config), *_text_problems(recipe)]
+    problems = [*_window_problems(recipe, config), *_text_problems(recipe), *_task_problems(recipe)]
     dtype = compute_dtype(recipe, config)
     survey = survey_model(config, dtype)
     layers = tuple(
@@ -177,6 +177,14 @@ def _text_problems(recipe: Recipe) -> Iterator[str]:
     source = recipe.calibration.name
     if source.startswith(FILE_PREFIX) and source in recipe.evaluation.perplexity:
         yield f"calibration and evaluation both read {source}; evaluate on text that the method has not seen"
+
+
+def _task_problems(recipe: Recipe) -> Iterator[str]:
+    if recipe.evaluation.tasks and recipe.engine.memory_budget is not None:
+        yield (
+            "evaluation.tasks need the whole model in memory, so engine.memory_budget cannot be kept; use "
+            "--set evaluation.tasks=[], and `quantlab eval` where there is room"
+        )
 
 
 def _group_problems(layers: Sequence[PlannedLayer]) -> Iterator[str]:

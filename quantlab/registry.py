@@ -61,6 +61,15 @@ def available() -> dict[str, PluginEntry]:
     return {name: claims[0] for name, claims in _permitted_claims().items() if len(claims) == 1}
 
 
+def claimed() -> list[str]:
+    """Every name that a distribution claims, also where two do; in alphabetical order.
+
+    Raises:
+        PluginError: as for `available`.
+    """
+    return list(_permitted_claims())
+
+
 def load(name: str) -> type["LayerQuantizer"]:
     """Import one method's class and check it against the contract.
 
@@ -71,7 +80,7 @@ def load(name: str) -> type["LayerQuantizer"]:
     entry = _find(name)
     try:
         method_class = EntryPoint(name=name, value=entry.target, group=ENTRY_POINT_GROUP).load()
-    except Exception as error:  # whatever a third party's module raises on import is that plugin's fault
+    except (Exception, SystemExit) as error:  # whatever a third party's module raises on import is that plugin's fault
         raise PluginError(f"method {entry} cannot be imported: {type(error).__name__}: {error}") from error
     violations = class_violations(method_class)
     if not violations and method_class.info.name != name:
@@ -262,8 +271,9 @@ def _permitted_claims() -> dict[str, list[PluginEntry]]:
 def _all_claims() -> dict[str, list[PluginEntry]]:
     claims: dict[str, list[PluginEntry]] = {}
     for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
-        distribution = point.dist.name if point.dist else "an unknown distribution"
-        version = point.dist.version if point.dist else "unknown"
+        # A distribution without readable metadata has neither.
+        distribution = (point.dist and point.dist.name) or "an unknown distribution"
+        version = (point.dist and point.dist.version) or "unknown"
         entry = PluginEntry(name=point.name, target=point.value, distribution=distribution, version=version)
         claims.setdefault(point.name, []).append(entry)
     return claims

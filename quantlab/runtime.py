@@ -2,7 +2,7 @@
 
 The engine puts a `LutLinear` in the place of every layer it has solved, and the reader puts the same module
 in the place of every layer a checkpoint lists. Both therefore compute with the same stored numbers, and a
-loaded model equals the one that was calibrated bit for bit.
+loaded model answers the same batches bit for bit as the one that was calibrated.
 
 On its first use a layer brings its codes into the layout of the kernel and frees the stored bit planes; whoever
 asks for them (a state dict, a move to another device) gets them back unchanged.

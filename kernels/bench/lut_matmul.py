@@ -1,8 +1,9 @@
 """Measure `quantlab::lut_matmul` on the CPU against its targets: `python kernels/bench/lut_matmul.py`.
 
-Weights are cold: every call takes the next of several copies that together are far larger than the last cache. All
-variants of a table run in turns, and the speed at which the machine reads memory is measured among them, since on
-a shared machine only ratios within one run mean something. Times are the 10th percentile of all calls.
+Weights are cold: every call takes the next of several copies that together are far larger than the last cache. Code
+is warm: a small multiplication of the same kind, not timed, comes before every call, as layers follow each other in a
+model. All variants of a table run in turns, and the speed at which the machine reads memory is measured among them,
+since on a shared machine only ratios within one run mean something. Times are the 10th percentile of all calls.
 """
 
 import argparse
@@ -17,7 +18,6 @@ from itertools import cycle
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import quantlab_kernels
 from quantlab_kernels.build import Recipe, build_library, cxx_command
@@ -27,6 +27,7 @@ SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COLD_BYTES = 192 << 20
+SMALL_ROWS = 64
 CEILING = {"4-bit fp32": 0.65, "4-bit bf16": 0.80, "3-bit bf16": 0.70}  # one thread, share of the read speed
 OVER_TORCH = 8.0  # times torch float32
 OVER_ONE_THREAD = 1.6  # with two
@@ -47,11 +48,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Variant:
-    """Something to time: `calls` yields functions, each with its own copy of the weights."""
+    """Something to time: `calls` yields functions, each with its own copy of the weights; `warm` is a small call."""
 
     name: str
     nbytes: int
     calls: Iterator[Callable[[], object]]
+    warm: Callable[[], object]
 
 
 def main() -> None:
@@ -112,7 +114,8 @@ def read_variant() -> Variant:
         lambda buffer=buffer: library.quantlab_read(buffer.data_ptr(), words, torch.get_num_threads())
         for buffer in buffers
     ]
-    return Variant("memory read", words * 8, cycle(calls))
+    few = torch.ones(4096, dtype=torch.int64)
+    return Variant("memory read", words * 8, cycle(calls), lambda: library.quantlab_read(few.data_ptr(), 4096, 1))
 
 
 def quantized_variant(shape: tuple[int, int], bits: int, dtype_name: str, batch: int) -> Variant:
@@ -121,26 +124,35 @@ def quantized_variant(shape: tuple[int, int], bits: int, dtype_name: str, batch:
     dtype = DTYPES[dtype_name]
     words = torch.randint(-(2**31), 2**31, (bits, rows, columns // 32), dtype=torch.int32)
     codebook = torch.randn(rows, 1, 2**bits).half()
-    prepared = quantlab_kernels.prepare(words, codebook, None, columns, dtype)
-    if prepared is None:
-        raise SystemExit(f"nothing to measure: {quantlab_kernels.status()}")
-    x, layout = torch.randn(batch, columns).to(dtype), prepared.layout
+    # Not clones of one: preparing a weight decides on the pages that it lies in.
+    weights = [
+        quantlab_kernels.prepare(words, codebook, None, columns, dtype) for _ in range(cold_copies(words.nbytes))
+    ]
+    small = quantlab_kernels.prepare(words[:, :SMALL_ROWS].contiguous(), codebook[:SMALL_ROWS], None, columns, dtype)
+    x = torch.randn(batch, columns).to(dtype)
     multiply = torch.ops.quantlab.lut_matmul_prepared.default
-    calls = [lambda codes=codes: multiply(x, codes, codebook, None, layout) for codes in copies(prepared.codes)]
-    return Variant(f"{bits}-bit {dtype_name}", prepared.codes.nbytes + codebook.nbytes, cycle(calls))
+    calls = [
+        lambda weight=weight: multiply(x, weight.codes, weight.codebook, None, weight.layout)
+        for weight in (small, *weights)
+        if weight is not None
+    ]
+    if not calls:
+        raise SystemExit(f"nothing to measure: {quantlab_kernels.status()}")
+    return Variant(f"{bits}-bit {dtype_name}", words.nbytes + codebook.nbytes, cycle(calls[1:]), calls[0])
 
 
 def dense_variant(shape: tuple[int, int], dtype_name: str, batch: int) -> Variant:
     """`torch.nn.functional.linear`."""
     weight = torch.randn(shape).to(DTYPES[dtype_name])
     x = torch.randn(batch, shape[1]).to(weight.dtype)
-    calls = [lambda copy=copy: torch.nn.functional.linear(x, copy) for copy in copies(weight)]
-    return Variant(f"torch {dtype_name}", weight.nbytes, cycle(calls))
+    weights = [weight[:SMALL_ROWS].clone(), *(weight.clone() for _ in range(cold_copies(weight.nbytes)))]
+    calls = [lambda weight=weight: torch.nn.functional.linear(x, weight) for weight in weights]
+    return Variant(f"torch {dtype_name}", weight.nbytes, cycle(calls[1:]), calls[0])
 
 
-def copies(weight: Tensor) -> list[Tensor]:
-    """Enough copies to be cold in turn."""
-    return [weight.clone() for _ in range(max(2, -(-COLD_BYTES // weight.nbytes)))]
+def cold_copies(nbytes: int) -> int:
+    """How many copies of a weight make each of them cold in its turn."""
+    return max(2, -(-COLD_BYTES // nbytes))
 
 
 def measure(
@@ -155,6 +167,7 @@ def measure(
         while time.perf_counter() < end or len(times[variants[0].name]) < 5:
             for variant in variants:
                 call = next(variant.calls)
+                variant.warm()
                 start = time.perf_counter()
                 call()
                 times[variant.name].append(time.perf_counter() - start)

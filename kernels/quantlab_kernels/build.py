@@ -63,7 +63,7 @@ def build_library(recipe: Recipe) -> Path:
         BuildError: there is no compiler, it fails, or no folder can be written.
     """
     file_name = f"{recipe.name}-{_key(recipe)}.so"
-    folders = [_user_cache(), _temporary_cache()]
+    folders = cache_folders()
     for folder in folders:
         # A folder that others can write could hold anybody's code.
         if (folder / file_name).is_file() and _belongs_to_user(folder):
@@ -85,6 +85,11 @@ def build_library(recipe: Recipe) -> Path:
         f"no folder for the compiled library {recipe.name} can be written ({'; '.join(problems)}); "
         "set QUANTLAB_CACHE to one that can"
     )
+
+
+def cache_folders() -> list[Path]:
+    """Where compiled libraries are looked for, and kept in the first that can be written; they may not exist."""
+    return [_user_cache(), _temporary_cache()]
 
 
 def _key(recipe: Recipe) -> str:

@@ -4,8 +4,14 @@ Codes of 2, 3 and 4 bits whose codebooks cover a whole row or a multiple of 32 c
 (`csrc/cpu/lut_layout.h`) and decoded in vector registers. Everything else, and machines without AVX2, use a kernel
 that reads bit planes. x in float64, and everything where there is no native library, goes to the reference.
 
-A sample has the same result bit for bit whatever else is in the batch and whatever the number of threads is. With
-bfloat16 and float16 the levels are rounded to the type of x as in the reference, outliers are not; sums are float32.
+With bfloat16 and float16 the levels are rounded to the type of x as in the reference, outliers are not; sums are
+float32. A sample has the same result bit for bit whatever else is in the batch and whatever the number of threads is.
+
+One case is different, since there PyTorch multiplies dense matrices faster than any kernel can decode and multiply:
+x in bfloat16, `DENSE_SAMPLES` samples or more, weights in tiles, and a processor with instructions for bfloat16. Rows
+of the weight, with their outliers, are then dequantized to bfloat16 in a workspace of bounded size and multiplied by
+PyTorch. Equal calls with the same number of threads have equal results, bit for bit; the last bits of a sample depend
+on the size of the batch.
 """
 
 import ctypes
@@ -19,7 +25,7 @@ from quantlab_kernels.isa import Isa, chosen_isa, cpu_recipe
 from quantlab_kernels.native import NativeLibrary
 from quantlab_kernels.shapes import check_codebook, check_operands, check_prepared_operands
 
-SOURCES = ("lut_tiled.cpp", "lut_generic.cpp", "lut_tiles.cpp")
+SOURCES = ("lut_tiled.cpp", "lut_dequantize.cpp", "lut_generic.cpp", "lut_tiles.cpp")
 HEADERS = (
     "lut_interface.h",
     "lut_numbers.h",
@@ -33,10 +39,13 @@ HEADERS = (
 )
 TILED_BITS = (2, 3, 4)
 SLICE_COLUMNS = 32
+DENSE_SAMPLES = 128
+WORKSPACE_BYTES = 8 << 20
 
 _SCALAR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _STORED_TYPES = (torch.float32, torch.float16)
 _OUT_OF_MEMORY = 1
+_TILE_ROWS = 8  # the first row of a dequantized block is a multiple of it
 
 
 class _LutMatmul(ctypes.Structure):
@@ -64,6 +73,12 @@ def _declare(library: ctypes.CDLL) -> None:
         function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, *matrix, ctypes.c_int32)
     for function in (library.quantlab_lut_matmul, library.quantlab_lut_tiled_matmul):
         function.argtypes = (ctypes.POINTER(_LutMatmul),)
+    library.quantlab_lut_dequantize.argtypes = (
+        ctypes.POINTER(_LutMatmul),
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    )
 
 
 LIBRARY = NativeLibrary("lut_matmul", lambda: recipe_for(chosen_isa()), _declare)
@@ -116,13 +131,14 @@ def lut_matmul(
         MemoryError: there is no memory for the working buffers.
     """
     outliers = (outlier_offsets, outlier_columns, outlier_values)
-    if x.dtype not in _SCALAR_TYPES or LIBRARY.get() is None:
+    library = LIBRARY.get()
+    if x.dtype not in _SCALAR_TYPES or library is None:
         return reference.lut_matmul(x, packed_codes, codebook, bias, *outliers, zero)
     check_operands(x, packed_codes, codebook, bias, *outliers, zero)
     bits, out_features = packed_codes.shape[:2]
     tiled = reads_tiles(bits, x.shape[-1], codebook.shape[1])
     codes = tile(packed_codes, x.shape[-1]) if tiled else packed_codes.contiguous()
-    return _multiply(tiled, x, codes, bits, out_features, codebook, zero, bias, *outliers)
+    return _multiply(library, tiled, x, codes, bits, out_features, codebook, zero, bias, *outliers)
 
 
 def lut_matmul_prepared(
@@ -149,13 +165,15 @@ def lut_matmul_prepared(
         planes = untile(codes, bits, out_features, in_features)
         return reference.lut_matmul(x, planes, codebook, bias, *outliers, zero)
     check_codebook(codebook, zero, in_features, out_features, 2**bits)
-    words = _library().quantlab_lut_tile_words(out_features, in_features, bits)
+    library = _library()
+    words = library.quantlab_lut_tile_words(out_features, in_features, bits)
     if codes.dtype != torch.int32 or tuple(codes.shape) != (words,) or not codes.is_contiguous():
         raise ValueError(f"codes are {codes.dtype} of shape {tuple(codes.shape)}; expected tiles: int32 ({words},)")
-    return _multiply(True, x, codes, bits, out_features, codebook, zero, bias, *outliers)
+    return _multiply(library, True, x, codes, bits, out_features, codebook, zero, bias, *outliers)
 
 
 def _multiply(
+    library: ctypes.CDLL,
     tiled: bool,
     x: Tensor,
     codes: Tensor,
@@ -172,37 +190,62 @@ def _multiply(
     result = x.new_empty((*x.shape[:-1], out_features))
     if not result.numel():
         return result
-    stored, values = _as_stored(codebook), None if outlier_values is None else _as_stored(outlier_values)
     # Every operand stays referenced until the call returns.
-    operands = {
-        "x": x.contiguous(),
-        "y": result,
-        "codes": codes,
-        "codebook": stored,
-        "zero": None if zero is None else _as_stored(zero),
-        "bias": None if bias is None else bias.to(x.dtype).contiguous(),
-        "outlier_offsets": None if outlier_offsets is None else outlier_offsets.contiguous(),
-        "outlier_columns": None if outlier_columns is None else outlier_columns.contiguous(),
-        "outlier_values": values,
-    }
+    samples, stored = x.contiguous(), _as_stored(codebook)
+    zero = None if zero is None else _as_stored(zero)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    offsets = None if outlier_offsets is None else outlier_offsets.contiguous()
+    columns = None if outlier_columns is None else outlier_columns.contiguous()
+    values = None if outlier_values is None else _as_stored(outlier_values)
     arguments = _LutMatmul(
-        **{name: operand.data_ptr() for name, operand in operands.items() if operand is not None},
-        batch=result.numel() // out_features,
-        in_features=in_features,
-        out_features=out_features,
-        groups=codebook.shape[1],
-        bits=bits,
-        x_type=_SCALAR_TYPES[x.dtype],
-        codebook_type=_SCALAR_TYPES[stored.dtype],
-        outlier_type=0 if values is None else _SCALAR_TYPES[values.dtype],
-        threads=torch.get_num_threads(),
+        *map(_address, (samples, result, codes, stored, zero, bias, offsets, columns, values)),
+        result.numel() // out_features,
+        in_features,
+        out_features,
+        codebook.shape[1],
+        bits,
+        _SCALAR_TYPES[x.dtype],
+        _SCALAR_TYPES[stored.dtype],
+        0 if values is None else _SCALAR_TYPES[values.dtype],
+        torch.get_num_threads(),
     )
-    library = _library()
-    function = library.quantlab_lut_tiled_matmul if tiled else library.quantlab_lut_matmul
-    if status := function(arguments):
+    dense = tiled and x.dtype == torch.bfloat16 and arguments.batch >= DENSE_SAMPLES
+    if dense and library.quantlab_lut_dequantizes():
+        status = _multiply_dense(library, arguments, x, bias, result)
+    else:
+        status = (library.quantlab_lut_tiled_matmul if tiled else library.quantlab_lut_matmul)(arguments)
+    if status:
         reason = "no memory for its buffers" if status == _OUT_OF_MEMORY else f"status {status}"
         raise MemoryError(f"lut_matmul for {tuple(x.shape)} x {(out_features, in_features)}: {reason}")
     return result
+
+
+def _multiply_dense(library: ctypes.CDLL, arguments: _LutMatmul, x: Tensor, bias: Tensor | None, result: Tensor) -> int:
+    """Dequantize as many rows as fit into the workspace, multiply, go on with the next. The status of the library."""
+    out_features, in_features = result.shape[-1], x.shape[-1]
+    samples, outputs = x.reshape(-1, in_features), result.view(-1, out_features)
+    fitting = max(WORKSPACE_BYTES // (x.itemsize * in_features), 1)
+    rows_at_once = min(_round_up(fitting), _round_up(out_features))
+    weight = x.new_empty(rows_at_once, in_features)
+    for first in range(0, out_features, rows_at_once):
+        rows = slice(first, min(first + rows_at_once, out_features))
+        count = rows.stop - first
+        status: int = library.quantlab_lut_dequantize(arguments, first, count, weight.data_ptr())
+        if status:
+            return status
+        if bias is None:
+            torch.mm(samples, weight[:count].T, out=outputs[:, rows])
+        else:
+            torch.addmm(bias[rows], samples, weight[:count].T, out=outputs[:, rows])
+    return 0
+
+
+def _round_up(rows: int) -> int:
+    return -(-rows // _TILE_ROWS) * _TILE_ROWS
+
+
+def _address(operand: Tensor | None) -> int | None:
+    return None if operand is None else operand.data_ptr()
 
 
 def _as_stored(values: Tensor) -> Tensor:

@@ -173,18 +173,22 @@ def multiply_symmetric(matrix: Tensor, hessian: Tensor) -> Tensor:
     return product
 
 
-def level_gram(codes: Tensor, hessian: Tensor, levels: int) -> Tensor:
-    """Sums of H over pairs of codes: (rows, levels, levels) for codes (rows, in_features) uint8 below `levels`."""
-    library, threads = _library(), torch.get_num_threads()
-    rows, in_features = codes.shape
-    codes, hessian = codes.contiguous(), hessian.contiguous()
-    triangle = torch.empty(library.solver_triangle_floats(in_features))
-    library.solver_pack_triangle(hessian.data_ptr(), in_features, triangle.data_ptr(), threads)
-    gram = torch.empty(rows, levels, levels)
-    scratch = torch.empty(threads * library.solver_gram_scratch(in_features, levels), dtype=torch.uint8)
-    operands = (*_pointers(codes, triangle), rows, in_features, levels)
-    library.solver_gram(*operands, *_pointers(gram, scratch), threads)
-    return gram
+class HessianTriangle:
+    """The upper triangle of a Hessian (in_features, in_features), packed for sums over pairs of codes."""
+
+    def __init__(self, hessian: Tensor) -> None:
+        library, in_features, hessian = _library(), len(hessian), hessian.contiguous()
+        self._packed = torch.empty(library.solver_triangle_floats(in_features))
+        library.solver_pack_triangle(hessian.data_ptr(), in_features, self._packed.data_ptr(), torch.get_num_threads())
+
+    def level_gram(self, codes: Tensor, levels: int) -> Tensor:
+        """Sums of H over pairs of codes: (rows, levels, levels) for codes (rows, in_features) uint8 below `levels`."""
+        library, threads, codes = _library(), torch.get_num_threads(), codes.contiguous()
+        gram = torch.empty(len(codes), levels, levels)
+        scratch = torch.empty(threads * library.solver_gram_scratch(codes.shape[1], levels), dtype=torch.uint8)
+        operands = (*_pointers(codes, self._packed), *codes.shape, levels)
+        library.solver_gram(*operands, *_pointers(gram, scratch), threads)
+        return gram
 
 
 def solve_levels(gram: Tensor, right: Tensor, *, ridge: float, growth: float, attempts: int) -> tuple[Tensor, int]:

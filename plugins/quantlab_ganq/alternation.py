@@ -1,7 +1,7 @@
 """The alternation between assignment step and codebook step, and what is kept of it."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -53,6 +53,11 @@ class Alternation:
     factor: SweepFactor
     generator: torch.Generator
 
+    def of_rows(self, rows: slice) -> "Alternation":
+        """The same for some rows only; random blocks are drawn anew, so that no row depends on the rows around it."""
+        generator = torch.Generator().set_state(self.generator.get_state())
+        return replace(self, weight=self.weight[rows], generator=generator)
+
     def iterate(self, table: Tensor, iterations: int, block_passes: int) -> Iterator[Candidate]:
         """Alternate from a table, (out_features, levels) ascending; each iterate may be better or worse.
 
@@ -62,16 +67,13 @@ class Alternation:
             block_passes: passes of block descent that end each assignment step.
         """
         for _ in range(iterations):
-            assignment = sweep(self.weight, self.factor, self._rounder(table))
-            fitted, loss = self._fit.refit(table, self._in_blocks(assignment, table, block_passes))
-            table = fitted.levels
-            yield Candidate(fitted=fitted, loss=loss)
+            candidate = self._refit(table, sweep(self.weight, self.factor, self._rounder(table)), block_passes)
+            table = candidate.fitted.levels
+            yield candidate
 
     def polish(self, start: Candidate) -> Candidate:
         """Block descent and a codebook step: the loss of no row rises."""
-        assignment = self._in_blocks(self._assignment(start.fitted, start.loss), start.fitted.levels, passes=1)
-        fitted, loss = self._fit.refit(start.fitted.levels, assignment)
-        return Candidate(fitted=fitted, loss=loss)
+        return self._refit(start.fitted.levels, self._assignment(start.fitted, start.loss), block_passes=1)
 
     def settled_codes(self, fitted: Codebooks) -> Tensor:
         """The codes, (out_features, in_features), after a descent on the table's entries as float16 will store them."""
@@ -86,12 +88,14 @@ class Alternation:
         missed = (error[:, columns] @ self.factor.feedback) * self.factor.pivots.to(error.dtype)  # v - ŵ = e L
         return torch.empty_like(missed).index_copy_(1, columns, missed.square())
 
-    def _in_blocks(self, start: Assignment, table: Tensor, passes: int) -> Assignment:
+    def _refit(self, table: Tensor, assignment: Assignment, block_passes: int) -> Candidate:
         live = int((self.hessian.diagonal() > 0).sum())
-        return descend_in_blocks(
-            self.weight, start, table, self.hessian, self.order,
-            passes=passes, generator=self.generator, block_size=max(1, min(_BLOCK_SIZE, live // _FEWEST_BLOCKS)),
+        assignment = descend_in_blocks(
+            self.weight, assignment, table, self.hessian, self.order,
+            passes=block_passes, generator=self.generator, block_size=max(1, min(_BLOCK_SIZE, live // _FEWEST_BLOCKS)),
         )  # fmt: skip
+        fitted, loss = self._fit.refit(table, assignment)
+        return Candidate(fitted=fitted, loss=loss)
 
     def _assignment(self, fitted: Codebooks, loss: Tensor | None = None) -> Assignment:
         return Assignment(codes=fitted.codes, error=self.weight - fitted.dequantize(), loss=loss)

@@ -29,7 +29,9 @@ def shrunk(hessian: Tensor, num_tokens: int) -> Tensor:
     live = int((hessian.diagonal() > 0).sum())
     rarity = live / max(1, num_tokens)
     share = min(_SHRINKAGE_AT_ONE_TOKEN_PER_INPUT * rarity**_SHRINKAGE_POWER, _MOST_SHRINKAGE)
-    return torch.lerp(hessian, torch.diag(hessian.diagonal()), share)
+    reduced: Tensor = hessian * (1 - share)
+    reduced.diagonal().copy_(hessian.diagonal())
+    return reduced
 
 
 def diagonally_dominant_factor(hessian: Tensor, order: Tensor, dtype: torch.dtype) -> SweepFactor:
@@ -46,5 +48,7 @@ def diagonally_dominant_factor(hessian: Tensor, order: Tensor, dtype: torch.dtyp
     diagonal = hessian.diagonal().double()
     missing = hessian.abs().sum(dim=1, dtype=torch.float64) - 2 * diagonal
     offset = torch.where(diagonal > 0, missing.clamp(min=_SMALLEST_OFFSET * diagonal.mean().item()), 0.0)
-    factor = factor_for_sweep(hessian.double() + torch.diag(offset), order, 0.0, dtype)
+    dominant = hessian.to(torch.float64, copy=True)
+    dominant.diagonal().add_(offset)
+    factor = factor_for_sweep(dominant, order, 0.0, dtype)
     return replace(factor, added=factor.added + offset[factor.columns])

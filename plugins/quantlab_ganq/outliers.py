@@ -28,21 +28,19 @@ class Corrections:
     """The sparse part S of one layer.
 
     Args:
-        support: (out_features, in_features) mask with the same number of outliers in every row; None for no outliers.
+        support: (out_features, in_features) mask with the same number of outliers in every row.
         first: what S starts with, (out_features, in_features), zero outside the support.
 
     Attributes:
         sparse: S as it is now.
     """
 
-    def __init__(self, support: Tensor | None, first: Tensor) -> None:
+    def __init__(self, support: Tensor, first: Tensor) -> None:
         self._support = support
         self.sparse = first
 
     def refit(self, layer: Alternation, best: Candidate) -> tuple[Alternation, Candidate]:
         """Fit S to codes and table; the layer and the answer afterwards, with its loss."""
-        if self._support is None:
-            return layer, best
         change = refit_corrections(layer.weight - best.fitted.dequantize(), layer.hessian, self._support)
         self.sparse = self.sparse + change
         layer = replace(layer, weight=layer.weight - change)

@@ -40,7 +40,7 @@ from quantlab.solvers.options import (
 )
 from quantlab.solvers.order import ColumnOrder, inverse_order, processing_order
 from quantlab.solvers.outliers import as_outliers, largest
-from quantlab.solvers.request import check_request, with_loss, working_dtype
+from quantlab.solvers.request import check_request, row_chunks, stacked, with_loss, working_dtype
 from quantlab.solvers.sweep import factor_for_sweep
 from quantlab_ganq.alternation import Alternation, Candidate, Keep, best_of
 from quantlab_ganq.conditioning import Preconditioner, diagonally_dominant_factor, shrunk
@@ -141,38 +141,58 @@ class GanqQuantizer:
     def quantize(self, problem: LayerProblem) -> QuantizedLayer:
         """Quantize one layer; diagnostics are its loss and the damping needed, a fallback if more than asked for."""
         check_request(problem, self.info)
+        answer, diagnostics = self._solve(problem)
+        return with_loss(answer, problem, **diagnostics)
+
+    def _solve(self, problem: LayerProblem) -> tuple[QuantizedLayer, dict[str, float]]:
         layer = self._prepare(problem)
-        corrections = self._first_corrections(layer, problem.spec.levels)
-        layer = replace(layer, weight=layer.weight - corrections.sparse)
-        best = best_of(self._candidates(layer, problem.spec.levels), self.keep)
+        chunks = [slice(None)] if self.keep == "layer" else row_chunks(layer.weight)
+        parts = [self._solve_rows(layer.of_rows(rows), problem.spec.levels) for rows in chunks]
+        return stacked(parts), layer.factor.diagnostics()
+
+    def _solve_rows(self, layer: Alternation, levels: int) -> QuantizedLayer:
+        corrections = self._first_corrections(layer, levels)
+        if corrections is not None:
+            layer = replace(layer, weight=layer.weight - corrections.sparse)
+        best = best_of(self._candidates(layer, levels), self.keep)
         for _ in range(self.polish_rounds):
-            layer, best = corrections.refit(layer, best)
+            if corrections is not None:
+                layer, best = corrections.refit(layer, best)
             best = layer.polish(best)
         codes = layer.settled_codes(best.fitted) if self.polish_rounds else best.fitted.codes
         lut = Lut(values=best.fitted.levels[:, None].float())
         codes = with_dead_rounded(codes, layer.weight, lut, layer.hessian)
+        if corrections is None:
+            return QuantizedLayer(codes=codes, codebook=lut)
         corrections.refit(layer, replace(best, fitted=replace(best.fitted, codes=codes)))
-        answer = QuantizedLayer(codes=codes, codebook=lut, outliers=as_outliers(corrections.sparse))
-        return with_loss(answer, problem, **layer.factor.diagnostics())
+        return QuantizedLayer(codes=codes, codebook=lut, outliers=as_outliers(corrections.sparse))
 
     def _prepare(self, problem: LayerProblem) -> Alternation:
         hessian = problem.require_hessian()
         weight = problem.weight.to(working_dtype(problem.weight, hessian))
-        if self.shrinkage and problem.statistics is not None:
-            hessian = shrunk(hessian, problem.statistics.num_tokens)
         order = processing_order(hessian, self.column_order, backwards=True)
+        # Conditioned twice, so that nobody holds the result while the factorisation takes the most memory.
         if self.preconditioner == "diagonal_dominance":
-            factor = diagonally_dominant_factor(hessian, order, weight.dtype)
+            factor = diagonally_dominant_factor(self._conditioned(problem), order, weight.dtype)
         else:
-            factor = factor_for_sweep(hessian, order, self.damping, weight.dtype)
-        generator = torch.Generator().manual_seed(problem.seed)
+            factor = factor_for_sweep(self._conditioned(problem), order, self.damping, weight.dtype)
         return Alternation(
-            weight=weight, hessian=hessian.to(weight.dtype), order=order, factor=factor, generator=generator
+            weight=weight,
+            hessian=self._conditioned(problem).to(weight.dtype),
+            order=order,
+            factor=factor,
+            generator=torch.Generator().manual_seed(problem.seed),
         )
 
-    def _first_corrections(self, layer: Alternation, levels: int) -> Corrections:
+    def _conditioned(self, problem: LayerProblem) -> Tensor:
+        hessian = problem.require_hessian()
+        if self.shrinkage and problem.statistics is not None:
+            return shrunk(hessian, problem.statistics.num_tokens)
+        return hessian
+
+    def _first_corrections(self, layer: Alternation, levels: int) -> Corrections | None:
         if self.outlier_fraction == 0:
-            return Corrections(None, torch.zeros_like(layer.weight))
+            return None
         if self.outlier_selection == "tails":
             support = tails(layer.weight, self.outlier_fraction)
             return Corrections(support, torch.where(support, layer.weight, 0.0))

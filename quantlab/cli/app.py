@@ -9,21 +9,34 @@ import click
 
 from quantlab._version import __version__
 from quantlab.cli.check import check
+from quantlab.cli.clean import clean
+from quantlab.cli.compare import compare
+from quantlab.cli.cp import cp
 from quantlab.cli.data import data
+from quantlab.cli.doctor import doctor
+from quantlab.cli.eval import evaluate
+from quantlab.cli.export import export
+from quantlab.cli.generate import generate
+from quantlab.cli.inspect import inspect
 from quantlab.cli.ls import ls
-from quantlab.cli.options import CONTEXT, Session, verbatim, verbose_option
+from quantlab.cli.new_method import new_method
+from quantlab.cli.options import CONTEXT, Session, common_options, verbatim
+from quantlab.cli.plan import plan
+from quantlab.cli.profile import profile
+from quantlab.cli.report import report
 from quantlab.cli.run import run
 from quantlab.cli.show import show
 from quantlab.cli.validate import validate
+from quantlab.cli.verify import verify
 from quantlab.errors import QuantlabError
 
 UNEXPECTED, OUT_OF_MEMORY, INTERRUPTED = 1, 4, 130
 
 
 START = (
-    "quantlab run ganq_w4             quantize the bundled demo model to 4 bits",
-    "quantlab run ganq_w4 --dry-run   only say what would be done",
-    "quantlab ls recipes              what else can be run",
+    "quantlab run ganq_w4      quantize the bundled demo model to 4 bits",
+    "quantlab plan ganq_w4     only say what would be done, and what it takes",
+    "quantlab ls recipes       what else can be run",
 )
 EXIT_CODES = (
     "  0  ok",
@@ -31,7 +44,8 @@ EXIT_CODES = (
     "  2  wrong usage",
     "  3  quality not reached",
     "  4  out of memory",
-    " 78  bad recipe, model, data or plugin",
+    " 75  stopped, or no space on the disk; the same command continues the run",
+    " 78  bad recipe, model, data, plugin or installation",
     "130  interrupted",
 )
 
@@ -39,11 +53,16 @@ EXIT_CODES = (
 @click.group(
     "quantlab",
     context_settings=CONTEXT,
-    commands=[run, data, ls, show, validate, check],
+    commands=[
+        *(run, compare, plan, evaluate, profile, generate),
+        *(inspect, verify, export, report),
+        *(data, ls, cp, show, validate, check, new_method),
+        *(doctor, clean),
+    ],
     epilog="\n\n".join([verbatim("Start here, without network and GPU", START), verbatim("Exit codes", EXIT_CODES)]),
 )
 @click.version_option(__version__, prog_name="quantlab")
-@verbose_option
+@common_options
 def cli() -> None:
     """The laboratory for weight-only quantization of language models."""
 
@@ -62,20 +81,28 @@ def invoke(arguments: Sequence[str]) -> int:
     session = Session(arguments=tuple(arguments))
     try:
         # Without standalone mode click returns the code of --help and --version, and a command's None.
-        code: int | None = cli.main(list(arguments), prog_name="quantlab", standalone_mode=False, obj=session)
+        code: int | None = cli.main(
+            list(arguments), prog_name="quantlab", standalone_mode=False, obj=session, color=session.color
+        )
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("\ninterrupted", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:
+        click.echo("\n".join(["\ninterrupted", *_notes(error)]), err=True)
         return INTERRUPTED
     except Exception as error:
         if session.verbose:
             traceback.print_exc()
         message, exit_code = _describe(error)
-        click.echo(f"{click.style('error', fg='red', bold=True)}: {message}", err=True)
+        title = click.style("error", fg="red", bold=True)
+        click.echo("\n".join([f"{title}: {message}", *_notes(error)]), err=True, color=session.color)
         return exit_code
     return code or 0
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was added to an error on its way, one line each; click puts an Abort around an interrupt."""
+    return [f"  {note}" for cause in (error.__cause__, error) for note in getattr(cause, "__notes__", ())]
 
 
 def _describe(error: Exception) -> tuple[str, int]:

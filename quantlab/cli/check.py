@@ -7,7 +7,7 @@ from collections import Counter
 
 import click
 
-from quantlab.cli.options import examples, json_option, verbose_option
+from quantlab.cli.options import common_options, examples, json_option
 from quantlab.errors import QualityError
 
 if typing.TYPE_CHECKING:
@@ -22,7 +22,7 @@ _COLORS = {"passed": "green", "failed": "red"}
 )
 @click.argument("method")
 @json_option
-@verbose_option
+@common_options
 def check(method: str, as_json: bool) -> None:
     """Test the installed METHOD, bundled or your own, against every promise of the plugin contract.
 

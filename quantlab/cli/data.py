@@ -5,13 +5,14 @@ from pathlib import Path
 import click
 
 from quantlab.calibration.corpora import Split
-from quantlab.cli.options import examples, json_option, verbose_option
+from quantlab.cli.options import common_options, examples, json_option
 
 
 @click.group(
     short_help="Prepare text corpora for calibration and evaluation.",
     epilog=examples("quantlab data prepare wikitext2"),
 )
+@common_options
 def data() -> None:
     """Text corpora in one local, hashed format, so that results do not depend on where the text came from.
 
@@ -49,7 +50,7 @@ def data() -> None:
     help="Field of the documents that holds the text; several are joined.  [default: text]",
 )
 @json_option
-@verbose_option
+@common_options
 def prepare(name: str, source: Path | None, split: Split | None, columns: tuple[str, ...], as_json: bool) -> None:
     """Prepare the corpus NAME: one of the literature (wikitext2, c4, ptb), or a name of your own.
 

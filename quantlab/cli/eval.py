@@ -6,7 +6,17 @@ from typing import Any, Literal
 
 import click
 
-from quantlab.cli.options import examples, json_option, verbose_option
+from quantlab.cli.options import Session, common_options, examples, json_option
+from quantlab.recipe.size import parse_size, size_error
+
+
+def parse_budget(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """Bytes of a size such as 12GiB."""
+    if value is None:
+        return None
+    if problem := size_error(value):
+        raise click.BadParameter(problem)
+    return parse_size(value)
 
 
 @click.command(
@@ -15,6 +25,7 @@ from quantlab.cli.options import examples, json_option, verbose_option
     epilog=examples(
         "quantlab eval runs/ganq_w4-demo --num-windows 32",
         "quantlab eval runs/ganq_w4-demo/model --against demo --perplexity stdlib --sequence-length 512",
+        "quantlab eval runs/ganq_w4-demo --memory-budget 4GiB",
         "quantlab eval demo --tasks stdlib_continuation --limit 40",
         "quantlab eval ./my-model --perplexity wikitext2 --perplexity c4-new --tasks ganq-zeroshot",
     ),
@@ -43,11 +54,18 @@ from quantlab.cli.options import examples, json_option, verbose_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Questions at a time.")
 @click.option("--log-samples", type=click.Path(path_type=Path), help="Write every question and answer to this file.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: as stored]")
+@click.option(
+    "--memory-budget",
+    metavar="SIZE",
+    callback=parse_budget,
+    help="Keep one block in memory at a time, within this size, for example 12GiB.  [default: if they do not fit]",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Write the results as JSON to this file.")
 @json_option
-@click.option("-q", "--quiet", is_flag=True, help="No progress; only the result.")
-@verbose_option
+@common_options
+@click.pass_obj
 def evaluate(
+    session: Session,
     model: str,
     against: str | None,
     protocols: tuple[str, ...],
@@ -62,9 +80,9 @@ def evaluate(
     batch_size: int,
     log_samples: Path | None,
     dtype: str | None,
+    memory_budget: int | None,
     output: Path | None,
     as_json: bool,
-    quiet: bool,
 ) -> None:
     """Evaluate MODEL: the folder of a run or of a checkpoint, or any float model.
 
@@ -90,8 +108,9 @@ def evaluate(
         ),
         samples_file=log_samples,
         dtype=dtype,
+        memory_budget_bytes=memory_budget,
     )
-    with choose_progress(quiet=quiet or as_json) as progress:
+    with choose_progress(quiet=session.quiet or as_json) as progress:
         results = evaluate_subject(subject, find_subject(reference) if reference else None, options, progress)
     if output is not None:
         output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

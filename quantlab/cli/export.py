@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from quantlab.cli.options import examples, verbatim, verbose_option
+from quantlab.cli.options import common_options, examples, verbatim
 
 _FORMATS = ("dequantized", "compressed-tensors", "gptq")  # as quantlab.checkpoint.export has them; that imports torch
 _FORMATS_IN_WORDS = (
@@ -34,7 +34,7 @@ _FORMATS_IN_WORDS = (
     type=click.Path(path_type=Path),
     help="The folder to create.  [default: PATH-FORMAT]",
 )
-@verbose_option
+@common_options
 def export(path: Path, target: str, output_dir: Path | None) -> None:
     """Convert the checkpoint or run folder PATH.
 

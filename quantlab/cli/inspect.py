@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from quantlab.cli.options import examples, json_option, verbose_option
+from quantlab.cli.options import common_options, examples, json_option
 
 if typing.TYPE_CHECKING:
     from quantlab.checkpoint.inspect import LayerSummary, Summary
@@ -19,7 +19,7 @@ if typing.TYPE_CHECKING:
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @json_option
-@verbose_option
+@common_options
 def inspect(path: Path, as_json: bool) -> None:
     """Show what the checkpoint or run folder PATH holds: method, sizes, and every layer's bits and loss."""
     from quantlab.checkpoint.inspect import inspect as summarise

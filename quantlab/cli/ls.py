@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from quantlab.cli.options import examples, json_option, verbose_option
+from quantlab.cli.options import common_options, examples, json_option
 
 
 @click.group(
-    short_help="List methods, recipes, models or data sets.",
+    short_help="List methods, recipes, models, data sets or kernels.",
     epilog=examples("quantlab ls methods", "quantlab ls recipes --json"),
 )
-@verbose_option
+@common_options
 def ls() -> None:
     """List what can be used."""
 
@@ -25,7 +25,7 @@ def ls() -> None:
 )
 @click.option("--options", "with_options", is_flag=True, help="Load each method, and list its abilities and options.")
 @json_option
-@verbose_option
+@common_options
 def methods(with_options: bool, as_json: bool) -> None:
     """List the installed methods and the distributions they come from."""
     from quantlab import registry
@@ -38,7 +38,7 @@ def methods(with_options: bool, as_json: bool) -> None:
 
 @ls.command(short_help="Built-in recipes.", epilog=examples("quantlab ls recipes"))
 @json_option
-@verbose_option
+@common_options
 def recipes(as_json: bool) -> None:
     """List the built-in recipes; `quantlab run NAME` runs one, `quantlab show NAME` prints it."""
     from quantlab.recipe import builtin_recipes
@@ -48,7 +48,7 @@ def recipes(as_json: bool) -> None:
 
 @ls.command(short_help="Short names of models.", epilog=examples("quantlab ls models"))
 @json_option
-@verbose_option
+@common_options
 def models(as_json: bool) -> None:
     """List the short names of models; any folder or hub id can be used as well."""
     from quantlab.models import ALIASES
@@ -58,7 +58,7 @@ def models(as_json: bool) -> None:
 
 @ls.command(short_help="Text for calibration and evaluation.", epilog=examples("quantlab ls datasets"))
 @json_option
-@verbose_option
+@common_options
 def datasets(as_json: bool) -> None:
     """List the text sources; `quantlab data prepare NAME` makes a corpus ready."""
     from quantlab.calibration.corpora import CORPORA
@@ -69,6 +69,16 @@ def datasets(as_json: bool) -> None:
         note = CORPORA[name].note if name in CORPORA else "your own"
         rows.append({"name": name, "state": ", ".join(prepared_splits(name)) or "not prepared", "note": note})
     _print([*rows, {"name": "file:PATH", "state": "ready", "note": "a UTF-8 text file"}], as_json)
+
+
+@ls.command(short_help="Native kernels.", epilog=examples("quantlab ls kernels"))
+@json_option
+@common_options
+def kernels(as_json: bool) -> None:
+    """List the native kernels of this machine, compiled if they are not yet, or why there are none."""
+    from quantlab.doctor import kernel_states
+
+    _print([{"name": name, "state": state} for name, state in kernel_states().items()], as_json)
 
 
 def _abilities(name: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from quantlab.cli.options import examples, json_option, recipe_options, verbose_option
+from quantlab.cli.options import common_options, examples, json_option, recipe_options
 
 if typing.TYPE_CHECKING:
     from quantlab.estimate import Estimate
@@ -31,7 +31,7 @@ if typing.TYPE_CHECKING:
 )
 @click.option("--layers", "with_layers", is_flag=True, help="List every layer.")
 @json_option
-@verbose_option
+@common_options
 def plan(
     recipe: str, model: str | None, overrides: tuple[str, ...], like: Path | None, with_layers: bool, as_json: bool
 ) -> None:

@@ -6,13 +6,14 @@ from typing import Any
 
 import click
 
-from quantlab.cli.options import examples, json_option, verbose_option
+from quantlab.cli.options import Session, common_options, examples, json_option, open_console
 
 
 @click.command(
     short_help="Measure generation: speed, memory, size.",
     epilog=examples(
         "quantlab profile runs/ganq_w4-demo --new-tokens 64",
+        "quantlab profile runs/ganq_w4-demo --kernels --dtype bfloat16",
         "quantlab profile ./my-checkpoint --against ./float-model --dtype bfloat16",
     ),
 )
@@ -25,11 +26,13 @@ from quantlab.cli.options import examples, json_option, verbose_option
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Turns of each model.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: as stored]")
 @click.option("--device", default="cpu", show_default=True, help="Such as cpu or cuda:0.")
+@click.option("--kernels", is_flag=True, help="Instead, measure the product of one layer of every shape, beside dense.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the results as JSON to this file.")
 @json_option
-@click.option("-q", "--quiet", is_flag=True, help="No progress; only the result.")
-@verbose_option
+@common_options
+@click.pass_obj
 def profile(
+    session: Session,
     model: str,
     against: str | None,
     prompt: str,
@@ -37,34 +40,39 @@ def profile(
     repeats: int,
     dtype: str | None,
     device: str,
+    kernels: bool,
     output: Path | None,
     as_json: bool,
-    quiet: bool,
 ) -> None:
     """Generate from MODEL greedily, one sequence token by token, in turns with the float model.
 
     MODEL is the folder of a run or of a checkpoint, or any float model. Ratios are taken turn by turn.
     """
     from quantlab.cli.progress import choose_progress
+    from quantlab.evaluate.kernels import KernelOptions, profile_kernels
     from quantlab.evaluate.profile import ProfileOptions, profile_subjects
     from quantlab.evaluate.subject import find_subject
 
     subject = find_subject(model)
-    reference = against or subject.source
-    subjects = [*([find_subject(reference)] if reference else []), subject]
-    options = ProfileOptions(prompt=prompt, new_tokens=new_tokens, repeats=repeats, dtype=dtype, device=device)
-    with choose_progress(quiet=quiet or as_json) as progress:
-        results = profile_subjects(subjects, options, progress)
+    with choose_progress(quiet=session.quiet or as_json) as progress:
+        if kernels:
+            results = profile_kernels(subject, KernelOptions(repeats=repeats, dtype=dtype, device=device), progress)
+        else:
+            reference = against or subject.source
+            subjects = [*([find_subject(reference)] if reference else []), subject]
+            options = ProfileOptions(prompt=prompt, new_tokens=new_tokens, repeats=repeats, dtype=dtype, device=device)
+            results = profile_subjects(subjects, options, progress)
     if output is not None:
         output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if as_json:
         click.echo(json.dumps(results, indent=2))
+    elif kernels:
+        _print_kernels(results)
     else:
-        _print(results)
+        _print_generation(results)
 
 
-def _print(results: dict[str, Any]) -> None:
-    from rich.console import Console
+def _print_generation(results: dict[str, Any]) -> None:
     from rich.table import Table
 
     from quantlab.report.units import format_bytes, format_duration
@@ -85,7 +93,7 @@ def _print(results: dict[str, Any]) -> None:
             format_bytes(values["bytes_on_disk"]),
             format_bytes(values["weight_bytes"]),
         )
-    console = Console()
+    console = open_console()
     console.print(table)
     console.print(
         f"peak memory of the process: {format_bytes(results['peak_rss_bytes'])}; {results['threads']} threads"
@@ -93,3 +101,31 @@ def _print(results: dict[str, Any]) -> None:
     for name, values in results["models"].items():
         console.print(f"\n[bold]{name}[/bold]")
         console.print(values["text"], markup=False, highlight=False)
+
+
+def _print_kernels(results: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(header_style="bold")
+    table.add_column("layer", no_wrap=True)
+    for name in ("count", "inputs", "ms", "dense ms", "ratio", "spread"):
+        table.add_column(name, justify="right")
+    for layer in results["layers"]:
+        group = "" if layer["group_size"] is None else f" g{layer['group_size']}"
+        kind = f"{layer['out_features']}x{layer['in_features']} {layer['codebook']} {layer['bits']}-bit{group}"
+        if layer["outliers"]:
+            kind += " with outliers"
+        for index, (inputs, values) in enumerate(layer["batches"].items()):
+            low, high = values["speedup_range"]
+            table.add_row(
+                "" if index else kind,
+                "" if index else str(layer["count"]),
+                inputs,
+                f"{values['ms']:.4f}",
+                f"{values['dense_ms']:.4f}",
+                f"{values['speedup']:.2f}",
+                f"{low:.2f}–{high:.2f}",
+            )
+    console = open_console()
+    console.print(table)
+    console.print(f"{results['dtype']} on {results['device']}, {results['threads']} threads, torch {results['torch']}")

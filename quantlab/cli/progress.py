@@ -1,4 +1,4 @@
-"""Showing the progress of a run: a live bar on a terminal, lines elsewhere."""
+"""Showing the progress of a run: a live panel on a terminal, lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -8,23 +8,41 @@ from rich import progress as bars
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from quantlab.cli.options import open_console
+from quantlab.memory import current_rss_bytes
 from quantlab.progress import NoProgress, Progress
-from quantlab.report.units import format_duration
+from quantlab.report.units import format_bytes, format_duration
 
 LINE_INTERVAL_S = 5.0
 
 
 @contextmanager
-def choose_progress(*, quiet: bool) -> Iterator[Progress]:
-    """The listener that suits stderr: nothing if quiet, a live bar on a terminal, lines in a file."""
-    console = Console(stderr=True)
+def choose_progress(*, quiet: bool, budget_bytes: int | None = None) -> Iterator[Progress]:
+    """The listener that suits stderr: nothing if quiet, a live panel on a terminal, lines in a file.
+
+    Args:
+        quiet: whether nothing is to be shown.
+        budget_bytes: the memory that the work may occupy, to be shown beside what it occupies.
+    """
+    console = open_console(stderr=True)
     if quiet:
         yield NoProgress()
     elif console.is_terminal:
-        with LiveProgress(console) as live:
+        with LiveProgress(console, budget_bytes) as live:
             yield live
     else:
-        yield PlainProgress(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+        yield PlainProgress(
+            lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True), budget_bytes=budget_bytes
+        )
+
+
+def memory_line(budget_bytes: int | None) -> str:
+    """What the process occupies now, and what it may occupy; empty where the system does not tell."""
+    occupied_bytes = current_rss_bytes()
+    if occupied_bytes is None:
+        return ""
+    budget = "" if budget_bytes is None else f" of {format_bytes(budget_bytes)}"
+    return f"memory {format_bytes(occupied_bytes)}{budget}"
 
 
 class PlainProgress:
@@ -33,11 +51,18 @@ class PlainProgress:
     Attributes:
         write: takes one line.
         clock: seconds.
+        budget_bytes: the memory that the work may occupy, or None.
     """
 
-    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        write: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+        budget_bytes: int | None = None,
+    ) -> None:
         self.write = write
         self.clock = clock
+        self.budget_bytes = budget_bytes
         self._total = self._done = 0
         self._unit = ""
         self._began = self._last_line = 0.0
@@ -61,14 +86,19 @@ class PlainProgress:
             timing = f"{format_duration(elapsed_s)}, about {format_duration(remaining_s)} left"
         else:
             timing = f"done in {format_duration(elapsed_s)}"
-        suffix = f"; {detail}" if detail else ""
-        self.write(f"  {self._done}/{self._total} {self._unit}, {timing}{suffix}")
+        facts = "; ".join(fact for fact in (timing, memory_line(self.budget_bytes), detail) if fact)
+        self.write(f"  {self._done}/{self._total} {self._unit}, {facts}")
 
 
 class LiveProgress:
-    """A live panel on a terminal: one bar per stage, and below it what was done last. A context manager."""
+    """A live panel on a terminal: one bar per stage, and below what was done last and the memory. A context manager.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: where to show it.
+        budget_bytes: the memory that the work may occupy, or None.
+    """
+
+    def __init__(self, console: Console, budget_bytes: int | None = None) -> None:
         self._bars = _Bars(
             bars.TextColumn("{task.description}", markup=False),
             bars.BarColumn(bar_width=24),
@@ -78,6 +108,7 @@ class LiveProgress:
             bars.TimeRemainingColumn(),
             console=console,
         )
+        self._bars.budget_bytes = budget_bytes
         self._stage: bars.TaskID | None = None
 
     def __enter__(self) -> "LiveProgress":
@@ -85,7 +116,7 @@ class LiveProgress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bars.detail = ""
+        self._bars.ended = True
         self._bars.stop()
 
     def begin(self, stage: str, total: int, unit: str) -> None:
@@ -104,11 +135,14 @@ class LiveProgress:
 
 
 class _Bars(bars.Progress):
-    """Rich's bars with one line below them, cut to the width of the terminal."""
+    """Rich's bars with lines below them, cut to the width of the terminal."""
 
     detail = ""
+    budget_bytes: int | None = None
+    ended = False
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
-        if self.detail:
-            yield Text(f"  {self.detail}", style="dim", no_wrap=True, overflow="ellipsis")
+        if not self.ended:
+            for line in filter(None, (self.detail, memory_line(self.budget_bytes))):
+                yield Text(f"  {line}", style="dim", no_wrap=True, overflow="ellipsis")

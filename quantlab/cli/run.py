@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from quantlab.cli.options import Session, examples, recipe_options, verbose_option
+from quantlab.cli.options import Session, common_options, examples, open_console, recipe_options
 from quantlab.cli.stopping import StopSignals
 
 _FILE_WIDTH = 120  # rich assumes 80 columns where there is no terminal, which would wrap the table
@@ -26,8 +26,7 @@ _FILE_WIDTH = 120  # rich assumes 80 columns where there is no terminal, which w
     type=click.Path(path_type=Path),
     help="The folder to create, or to continue in.  [default: runs/RECIPE-MODEL]",
 )
-@click.option("-q", "--quiet", is_flag=True, help="No progress; only the result.")
-@verbose_option
+@common_options
 @click.pass_obj
 def run(
     session: Session,
@@ -35,7 +34,6 @@ def run(
     model: str | None,
     overrides: tuple[str, ...],
     output_dir: Path | None,
-    quiet: bool,
 ) -> None:
     """Quantize a model as RECIPE says, evaluate it, and write a run folder.
 
@@ -53,6 +51,7 @@ def run(
 
     # Imports torch: not before the recipe is known good.
     from quantlab.pipeline import default_output_dir, execute
+    from quantlab.plan import engine_options
     from quantlab.recipe.layers import assign_methods
     from quantlab.workspace import require_free
 
@@ -60,20 +59,19 @@ def run(
     require_free(folder)
     assignment = assign_methods(loaded)
     model_folder = resolve_model(loaded.recipe.model.path)
-    with choose_progress(quiet=quiet) as progress, StopSignals() as stop:
+    budget_bytes = engine_options(loaded.recipe).memory_budget_bytes
+    with choose_progress(quiet=session.quiet, budget_bytes=budget_bytes) as progress, StopSignals() as stop:
         command = shlex.join(["quantlab", *session.arguments])
         finished = execute(assignment, model_folder, folder, progress, command, stop)
     _print_result(finished)
 
 
 def _print_result(folder: Path) -> None:
-    from rich.console import Console
-
     from quantlab.report.summary import summary_table
 
-    console = Console()
+    console = open_console()
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     console.print(summary_table(folder))
     click.echo(f"run folder: {folder}")
-    click.echo(f"report:     {folder / 'report.md'}")
+    click.echo(f"report:     {folder / 'report.md'}; `quantlab report {folder}` makes a page of it")

@@ -5,7 +5,7 @@ import typing
 
 import click
 
-from quantlab.cli.options import examples, recipe_options, verbose_option
+from quantlab.cli.options import common_options, examples, recipe_options
 
 if typing.TYPE_CHECKING:
     from quantlab.api import LayerQuantizer
@@ -17,7 +17,7 @@ if typing.TYPE_CHECKING:
     epilog=examples("quantlab show ganq_w4", "quantlab show ganq_w4 --set method.preset=paper > my_recipe.yaml"),
 )
 @recipe_options
-@verbose_option
+@common_options
 def show(recipe: str, model: str | None, overrides: tuple[str, ...]) -> None:
     """Print RECIPE with every default filled in; a comment behind each value says where it comes from.
 
@@ -29,7 +29,13 @@ def show(recipe: str, model: str | None, overrides: tuple[str, ...]) -> None:
     options, origins = _effective_options(loaded, check_method(loaded))
     method = dataclasses.replace(loaded.recipe.method, options=options)
     resolved = dataclasses.replace(loaded.recipe, method=method)
-    click.echo(annotate_recipe(resolved, {**loaded.origins, **origins}), nl=False)
+    inherited = {
+        f"layers[{index}].{key}": "as in method"
+        for index, rule in enumerate(resolved.layers)
+        for key in ("bits", "group_size")
+        if getattr(rule, key) is None and not rule.skip
+    }
+    click.echo(annotate_recipe(resolved, {**loaded.origins, **origins, **inherited}), nl=False)
 
 
 def _effective_options(loaded: "LoadedRecipe", quantizer: "LayerQuantizer") -> tuple[dict[str, object], dict[str, str]]:

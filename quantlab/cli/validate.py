@@ -2,7 +2,7 @@
 
 import click
 
-from quantlab.cli.options import examples, verbose_option
+from quantlab.cli.options import common_options, examples
 from quantlab.errors import QuantlabError, RecipeError
 
 
@@ -11,7 +11,7 @@ from quantlab.errors import QuantlabError, RecipeError
     epilog=examples("quantlab validate my_recipe.yaml", "quantlab validate recipes/*.yaml"),
 )
 @click.argument("recipes", nargs=-1, required=True)
-@verbose_option
+@common_options
 def validate(recipes: tuple[str, ...]) -> None:
     """Check RECIPES, including the methods they name, and report every problem; run nothing.
 

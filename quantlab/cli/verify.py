@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from quantlab.cli.options import examples, verbose_option
+from quantlab.cli.options import common_options, examples
 
 
 @click.command(
@@ -12,7 +12,7 @@ from quantlab.cli.options import examples, verbose_option
     epilog=examples("quantlab verify runs/ganq_w4-demo", "quantlab verify path/to/checkpoint"),
 )
 @click.argument("path", type=click.Path(path_type=Path))
-@verbose_option
+@common_options
 def verify(path: Path) -> None:
     """Check the checkpoint or run folder PATH: hashes, names, shapes, codes and codebooks.
 

@@ -1,7 +1,9 @@
 """How much memory a run takes, and how its parts are cut so that it stays within the budget.
 
-    peak = runtime + the larger of  weights outside the blocks + one block + batch
-                               and  two blocks + statistics + solver + layers + rows + hidden states in memory + batch
+    peak = runtime + weights + statistics + hidden states in memory + the larger of  batch  and  solver + layers + rows
+
+The weights are one block and those outside the blocks, or two blocks. The budget is kept even if batch and solver were
+there at once.
 
 What is cut by the budget and has an influence on the last digits (tokens per batch, rows solved at a time) depends
 on the recipe and on shapes alone, never on the machine, so that a run can be repeated elsewhere.
@@ -50,6 +52,8 @@ WIDE_COPIES = 6
 
 UNBOUNDED_EXPERTS_BYTES = 4 * 2**30
 
+_SOLVING = ("solver", "layers", "rows")
+
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _LARGE_BYTES = 1 << 20
 
@@ -63,7 +67,7 @@ class MemoryPlan:
         max_rows: rows that a row-independent method is given at once; None for all.
         statistics_bytes: for the statistics that are collected in one pass.
         activations_in_memory: whether hidden states are kept in memory between blocks.
-        parts: what is expected to be occupied at the peak, in bytes by name.
+        parts: what is expected to be occupied, in bytes by name; not all at the same time.
     """
 
     tokens_per_batch: int
@@ -74,8 +78,9 @@ class MemoryPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """What is expected to be occupied at the peak."""
-        return sum(self.parts.values())
+        """What is expected to be occupied at the peak: a batch is gone before the layers are solved."""
+        solving = sum(self.parts[name] for name in _SOLVING)
+        return sum(self.parts.values()) - min(solving, self.parts["batch"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +139,7 @@ class ModelSizes:
     def batch_bytes(self, tokens: int) -> int:
         """Of what one batch occupies inside a block, or as logits."""
         widest = max(max(shape) for shape in self.shapes)
-        return tokens * max(WIDE_COPIES * 4 * widest, 2 * 4 * self.vocabulary)
+        return tokens * max(WIDE_COPIES * 4 * widest, 4 * self.vocabulary)
 
 
 def plan_memory(

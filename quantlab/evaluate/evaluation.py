@@ -1,23 +1,36 @@
 """One evaluation: perplexities, divergence from a float model, and tasks, of one model."""
 
 import hashlib
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantlab.calibration.tokens import load_tokenizer
+from quantlab.engine.memory import RUNTIME_BYTES, ModelSizes
+from quantlab.engine.survey import survey_model
 from quantlab.errors import UsageError
 from quantlab.evaluate.harness import TaskOptions, evaluate_tasks
-from quantlab.evaluate.perplexity import in_memory, measure, measure_pair
+from quantlab.evaluate.perplexity import TOKENS_PER_BATCH, in_memory, measure_any
 from quantlab.evaluate.protocols import Bos, WindowOptions, evaluation_windows, find_protocol
+from quantlab.evaluate.streamed import measure_streamed
 from quantlab.evaluate.subject import Subject
+from quantlab.memory import physical_bytes
 from quantlab.progress import Progress
 from quantlab.skeleton import read_config
 
 DEFAULT_LENGTH = 2048
 """Tokens per window in the literature, where the model's context holds as many."""
+
+MEMORY_SHARE = 0.8
+"""Of the machine's memory that models may fill; the rest is for logits and everything else."""
+
+LOGITS_COPIES = 8
+"""Tensors of the size of a batch's logits that exist at once when two models are compared, counted as float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +45,8 @@ class EvaluationOptions:
         num_windows: as in `WindowOptions`.
         tasks: for lm-eval; none of them if its `tasks` is empty.
         samples_file: receives every question and answer, or None.
-        dtype: what the models compute in, or None for what they are stored in.
+        dtype: what the models compute in, or None for what the model is stored in.
+        memory_budget_bytes: memory that the evaluation may occupy, one block at a time; None for no limit.
     """
 
     protocols: tuple[str, ...]
@@ -43,6 +57,7 @@ class EvaluationOptions:
     num_windows: int | None = None
     samples_file: Path | None = None
     dtype: str | None = None
+    memory_budget_bytes: int | None = None
 
 
 def evaluate_subject(
@@ -58,10 +73,10 @@ def evaluate_subject(
 
     Returns:
         "perplexity" by protocol, as `measure` or `measure_pair` describes it; "tasks" and "lm_eval_version" if there
-        were any; and "tokenizer_sha256".
+        were any; "tokenizer_sha256"; and whether perplexities were "streamed".
 
     Raises:
-        QuantlabError: a model or text is missing, or they do not fit together.
+        QuantlabError: a model or text is missing, they do not fit together, or the memory does not suffice.
     """
     tokenizer = load_tokenizer(subject.folder)
     identity = tokenizer_sha256(subject.folder)
@@ -70,25 +85,74 @@ def evaluate_subject(
             f"{subject.name} and {reference.name} have different tokenizers, so their perplexities do not compare; "
             "give the float model that the quantized one was made from"
         )
-    length = options.sequence_length or default_length(subject.folder)
     window_options = WindowOptions(
-        sequence_length=length, stride=options.stride, bos=options.bos, num_windows=options.num_windows
+        sequence_length=options.sequence_length or default_length(subject.folder),
+        stride=options.stride,
+        bos=options.bos,
+        num_windows=options.num_windows,
     )
     corpora = [evaluation_windows(tokenizer, find_protocol(name), window_options) for name in options.protocols]
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    model = subject.load(dtype)
-    results: dict[str, Any] = {"model": subject.name, "tokenizer_sha256": identity, "perplexity": {}}
-    reference_model = reference.load(dtype or model.dtype) if reference is not None and corpora else None
-    for windows in corpora:
-        progress.begin(f"perplexity on {windows.protocol}", windows.ids.shape[0], "windows")
-        results["perplexity"][windows.protocol] = (
-            measure(windows, in_memory(model), progress)
-            if reference_model is None
-            else measure_pair(windows, in_memory(reference_model), in_memory(model), progress)
-        )
+    dtype = subject.dtype if options.dtype is None else getattr(torch, options.dtype)
+    subjects = [subject] if reference is None else [reference, subject]
+    streamed = must_stream(subjects, dtype, options.memory_budget_bytes)
+    results: dict[str, Any] = {"model": subject.name, "tokenizer_sha256": identity, "streamed": streamed}
+    if streamed:
+        _require_budget(subjects, dtype, options)
+        models = {each.name: partial(each.open_parts, dtype) for each in subjects}
+        with tempfile.TemporaryDirectory(prefix="quantlab-") as work:
+            results["perplexity"] = {
+                windows.protocol: measure_streamed(windows, models, Path(work), progress) for windows in corpora
+            }
+        model = None
+    else:
+        model = subject.load(dtype)
+        loaded = [model] if reference is None or not corpora else [reference.load(dtype), model]
+        forwards = [in_memory(each) for each in loaded]
+        results["perplexity"] = {windows.protocol: measure_any(windows, forwards, progress) for windows in corpora}
     if options.tasks.tasks:
-        results |= evaluate_tasks(model, tokenizer, options.tasks, options.samples_file)
+        results |= evaluate_tasks(model or subject.load(dtype), tokenizer, options.tasks, options.samples_file)
     return results
+
+
+def must_stream(subjects: Sequence[Subject], dtype: torch.dtype, memory_budget_bytes: int | None) -> bool:
+    """Whether models are evaluated one block at a time: if there is a budget, or the machine cannot hold them.
+
+    Args:
+        subjects: the models that are needed at the same time.
+        dtype: what they compute in.
+        memory_budget_bytes: None for no limit but the machine's.
+    """
+    needed = sum(subject.memory_bytes(dtype) for subject in subjects)
+    return memory_budget_bytes is not None or needed > MEMORY_SHARE * physical_bytes()
+
+
+def streamed_bytes(sizes: Sequence[ModelSizes], tokens: int) -> int:
+    """The expected peak memory of a streamed evaluation.
+
+    Args:
+        sizes: of the models that are compared.
+        tokens: of a batch.
+    """
+    outside = sum(size.outside_bytes for size in sizes)
+    inside = max(2 * size.block_bytes + size.batch_bytes(tokens) for size in sizes)
+    logits = LOGITS_COPIES * 4 * tokens * max(size.vocabulary for size in sizes)
+    return RUNTIME_BYTES + outside + max(inside, logits)
+
+
+def _require_budget(subjects: Sequence[Subject], dtype: torch.dtype, options: EvaluationOptions) -> None:
+    budget = options.memory_budget_bytes
+    if budget is None:
+        return
+    if options.tasks.tasks:
+        raise UsageError("tasks need the whole model in memory, so a memory budget cannot be kept; evaluate them apart")
+    length = options.sequence_length or default_length(subjects[0].folder)
+    sizes = [survey_model(read_config(subject.folder), dtype).sizes for subject in subjects]
+    needed = streamed_bytes(sizes, max(length, TOKENS_PER_BATCH))
+    if needed > budget:
+        raise UsageError(
+            f"a memory budget of {budget / 2**20:,.0f} MiB is too small to evaluate these models; one block at a time "
+            f"they need {needed / 2**20:,.0f} MiB (computing in bfloat16 needs less)"
+        )
 
 
 def default_length(folder: Path) -> int:

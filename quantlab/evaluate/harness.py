@@ -2,7 +2,8 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantlab.errors import DataError, did_you_mean
 from quantlab.evaluate.tasks import BUILT_IN, local_tasks, write_built_in, write_task
+from quantlab.progress import Progress
 
 GROUPS = {
     "ganq-zeroshot": ("hellaswag", "boolq", "rte", "winogrande", "arc_easy", "arc_challenge"),
 }
-"""Sets of tasks that papers report together: the zero-shot tasks of GANQ (arXiv:2501.12956, Table 4)."""
+"""Sets of tasks that papers report together: the zero-shot tasks of GANQ (arXiv:2501.12956, Table 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,36 +63,103 @@ def evaluate_tasks(
     """
     import lm_eval  # takes seconds to import, and most commands need it never
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    names = list(dict.fromkeys(name for task in options.tasks for name in GROUPS.get(task, (task,))))
-    local = local_tasks(options.tasks_dir) if options.tasks_dir is not None else {}
-    own = {BUILT_IN, *local}
-    manager = TaskManager(include_defaults=not own.issuperset(names))
-    _require_known(names, [*own, *manager.all_tasks])
-    with tempfile.TemporaryDirectory() as folder:
-        configured: list[str | dict[str, Any]] = [_configure(name, local, Path(folder)) for name in names]
-        try:
-            results = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size),
-                tasks=configured,
-                task_manager=manager,
-                num_fewshot=options.num_fewshot,
-                limit=options.limit,
-                log_samples=samples_file is not None,
-                bootstrap_iters=1000,
-            )
-        except (ConnectionError, FileNotFoundError) as error:  # of `datasets`, for data that are not on this machine
-            raise DataError(
-                f"the data of one of {', '.join(names)} cannot be had ({type(error).__name__}: {error}); without "
-                "network put them as JSON lines into a folder, NAME.jsonl or NAME/*.jsonl, and give --tasks-dir"
-            ) from error
+    with _configured(options) as tasks, _data_explained(tasks.names):
+        results = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size),
+            tasks=tasks.specifications,
+            task_manager=tasks.manager,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            log_samples=samples_file is not None,
+            bootstrap_iters=1000,
+        )
     if samples_file is not None:
         _write_samples(samples_file, results["samples"])
     return {
         "lm_eval_version": version("lm-eval"),
-        "tasks": {name: _summarize(name, results, is_local=name in own) for name in results["results"]},
+        "tasks": {name: _summarize(name, results, is_local=name in tasks.local) for name in results["results"]},
     }
+
+
+def require_tasks(options: TaskOptions) -> None:
+    """Make sure that tasks can be evaluated, so that a long run does not fail at its end.
+
+    Raises:
+        DataError: a task is unknown, or its data cannot be had.
+    """
+    with _configured(options) as tasks, _data_explained(tasks.names):
+        tasks.manager.load(tasks.specifications)
+
+
+def compare_on_tasks(
+    models: Mapping[str, Callable[[], PreTrainedModel]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: TaskOptions,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Evaluate several models on the same tasks, one model in memory at a time.
+
+    Args:
+        models: loads each model, by its name.
+        tokenizer: of the models.
+        options: what to evaluate.
+        progress: is told about every model.
+
+    Returns:
+        As `evaluate_tasks`, but in place of the "metrics" of a task those of every model under its name.
+
+    Raises:
+        QuantlabError: a task's data cannot be had, or a model cannot be loaded.
+    """
+    progress.begin(f"tasks {', '.join(options.tasks)}", len(models), "models")
+    results = {}
+    for name, load in models.items():
+        results[name] = evaluate_tasks(load(), tokenizer, options)
+        progress.advance()
+    first = next(iter(results.values()))
+    tasks = {
+        task: {key: value for key, value in description.items() if key != "metrics"}
+        | {name: result["tasks"][task]["metrics"] for name, result in results.items()}
+        for task, description in first["tasks"].items()
+    }
+    return {"lm_eval_version": first["lm_eval_version"], "tasks": tasks}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tasks:
+    """Tasks as lm-eval wants them: `local` are the names of those that are described here rather than by lm-eval."""
+
+    names: list[str]
+    local: set[str]
+    specifications: list[str | dict[str, Any]]
+    manager: Any
+
+
+@contextmanager
+def _configured(options: TaskOptions) -> Iterator[_Tasks]:
+    from lm_eval.tasks import TaskManager
+
+    names = list(dict.fromkeys(name for task in options.tasks for name in GROUPS.get(task, (task,))))
+    files = local_tasks(options.tasks_dir) if options.tasks_dir is not None else {}
+    local = {BUILT_IN, *files}
+    manager = TaskManager(include_defaults=not local.issuperset(names))
+    _require_known(names, [*local, *manager.all_tasks])
+    with tempfile.TemporaryDirectory() as folder:
+        specifications = [_configure(name, files, Path(folder)) for name in names]
+        yield _Tasks(names=names, local=local, specifications=specifications, manager=manager)
+
+
+@contextmanager
+def _data_explained(names: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except (ConnectionError, FileNotFoundError) as error:  # of `datasets`, for data that are not on this machine
+        raise DataError(
+            f"the data of one of {', '.join(names)} cannot be had ({type(error).__name__}: {error}); without "
+            "network put them as JSON lines into a folder, NAME.jsonl or NAME/*.jsonl, and name it as the folder of "
+            "local tasks (--tasks-dir, or evaluation.tasks_dir in a recipe)"
+        ) from error
 
 
 def _configure(name: str, local: dict[str, list[Path]], folder: Path) -> str | dict[str, Any]:
@@ -104,7 +173,7 @@ def _require_known(names: Sequence[str], known: Sequence[str]) -> None:
     if unknown:
         raise DataError(
             f"no task {unknown[0]}{did_you_mean(unknown[0], [*known, *GROUPS])}; there are lm-eval's tasks, "
-            f"{', '.join(GROUPS)}, {BUILT_IN}, and those of --tasks-dir"
+            f"{', '.join(GROUPS)}, {BUILT_IN}, and those of the folder of local tasks"
         )
 
 

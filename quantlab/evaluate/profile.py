@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantlab.calibration.tokens import load_tokenizer
+from quantlab.evaluate.clock import Clock
 from quantlab.evaluate.subject import Subject
 from quantlab.memory import peak_rss_bytes
 from quantlab.progress import Progress
@@ -155,7 +156,7 @@ def _warm_up(model: PreTrainedModel, prompt: Tensor) -> int | None:
 @torch.inference_mode()
 def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Turn:
     ids = prompt[None].to(model.device)
-    clock = _Clock(model.device)
+    clock = Clock(model.device)
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     chosen = [output.logits[:, -1:].argmax(dim=-1)]
     clock.tick()
@@ -165,29 +166,3 @@ def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Turn:
         clock.tick()
     prefill, *tokens = clock.intervals_s()
     return Turn(prefill_s=prefill, token_s=tokens, ids=torch.cat(chosen, dim=1)[0].cpu())
-
-
-class _Clock:
-    """Times between ticks; on a CUDA device by events, so that ticking does not make the device wait."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._marks: list[Any] = []
-        self.tick()
-
-    def tick(self) -> None:
-        """Mark this moment."""
-        if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self._device))
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def intervals_s(self) -> list[float]:
-        """Seconds between successive ticks."""
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            return [before.elapsed_time(after) / 1000 for before, after in pairs]
-        return [after - before for before, after in pairs]

@@ -36,7 +36,9 @@ def measure_streamed(
     batches = batches_of(windows)
     with ExitStack() as opened:
         forwards = [
-            opened.enter_context(streamed_forward(parts, batches, f"{windows.protocol} through {name}", folder, progress))
+            opened.enter_context(
+                streamed_forward(parts, batches, f"{windows.protocol} through {name}", folder, progress)
+            )
             for (name, parts), folder in zip(models.items(), (work / "first", work / "second"), strict=False)
         ]
         return measure_any(windows, forwards, progress)

@@ -38,6 +38,10 @@ class Subject:
         """Size of the weight files."""
         return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
 
+    def memory_bytes(self, dtype: torch.dtype) -> int:
+        """About what its weights occupy when it is loaded to compute in a dtype."""
+        return self.bytes_on_disk if self.is_quantized else self.bytes_on_disk * dtype.itemsize // self.dtype.itemsize
+
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in unless told otherwise."""

@@ -39,7 +39,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, model: str
     """Read a recipe.
 
     Args:
-        source: a file, or the name of a built-in recipe such as "ganq_w4".
+        source: a file, or the name of a built-in recipe such as "ganq_w4" or "paper/ganq_w4_opt".
         overrides: assignments such as "method.bits=3", applied in order; the value is read as YAML.
         model: replaces model.path.
 
@@ -65,11 +65,15 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, model: str
 
 
 def builtin_recipes() -> dict[str, Path]:
-    """The recipes that come with quantlab, by name."""
+    """The recipes that come with quantlab, by name: "ganq_w4", or "paper/ganq_w4_opt" for one in a folder.
+
+    Their files state the code width in their names, which tells them from other YAML files.
+    """
     package = Path(quantlab.__file__).parent
     in_source_tree = (package.parent / "pyproject.toml").is_file()
     folder = package.parent / "recipes" if in_source_tree else package / "_recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    paths = sorted(folder.rglob("*_w[2-8]*.yaml"), key=lambda path: (len(path.parts), path))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 
 def _find(source: str | Path) -> Path:
@@ -77,11 +81,11 @@ def _find(source: str | Path) -> Path:
     if path.is_file():
         return path
     builtin = builtin_recipes()
-    name = path.name.removesuffix(".yaml")
-    if str(source) in (name, f"{name}.yaml") and name in builtin:
-        return builtin[name]
+    if (named := str(source).removesuffix(".yaml")) in builtin:
+        return builtin[named]
     if path.is_dir():
         raise RecipeError(f"{source} is a folder, not a recipe; name a .yaml file inside it")
+    name = path.name.removesuffix(".yaml")
     if name in builtin:
         raise RecipeError(f"no file {source}; for the built-in recipe of that name, write just {name}")
     hint = did_you_mean(name, builtin)

@@ -111,13 +111,17 @@ class EvaluationSection:
     """What is measured afterwards, on the float and on the quantized model.
 
     Attributes:
-        perplexity: protocols and text sources; empty to skip evaluation.
+        perplexity: protocols and text sources; empty for none.
         sequence_length: tokens per window; at least 2, since a window's first token is not predicted. None means
             2048, or the model's context if that is shorter.
         stride: tokens from one window to the next, of which only those are scored that no earlier window has; None
             means windows that do not overlap.
         bos: where the beginning-of-text token stands; None means as the protocol says.
         num_windows: windows per text, evenly spread; None means all of the protocol.
+        tasks: for lm-eval: its own tasks, groups such as "ganq-zeroshot", local ones, or "stdlib_continuation".
+        num_fewshot: solved examples before each question of a task; None means as the task does.
+        limit: questions per task; None means all.
+        tasks_dir: folder with the files of local tasks.
     """
 
     perplexity: tuple[str, ...] = field(default=("stdlib",), metadata=_checked(protocol_error))
@@ -125,6 +129,10 @@ class EvaluationSection:
     stride: int | None = field(default=None, metadata=_number(minimum=1))
     bos: Literal["none", "tokenizer", "each_window"] | None = None
     num_windows: int | None = field(default=None, metadata=_number(minimum=1))
+    tasks: tuple[str, ...] = ()
+    num_fewshot: int | None = field(default=None, metadata=_number(minimum=0))
+    limit: int | None = field(default=None, metadata=_number(minimum=1))
+    tasks_dir: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

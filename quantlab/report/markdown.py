@@ -42,7 +42,7 @@ def render_markdown(record: RunRecord) -> str:
         _layers(record.manifest["layers"]),
         *_fallbacks(record.manifest["fallbacks"]),
         "## Provenance",
-        _table(["what", "value"], _provenance(record)),
+        _table(["what", "value"], provenance(record)),
         "## Repeat this run",
         "\n".join(f"    {line}" for line in record.manifest["command"].splitlines()),
     ]
@@ -62,7 +62,8 @@ def _fallbacks(fallbacks: Sequence[object]) -> list[str]:
     return ["## Fallbacks", "\n".join(f"- {_escape(str(item))}" for item in fallbacks)] if fallbacks else []
 
 
-def _provenance(record: RunRecord) -> list[list[str]]:
+def provenance(record: RunRecord) -> list[list[str]]:
+    """What a run was made of and with: names with their values."""
     manifest = record.manifest
     model, method, calibration = manifest["model"], manifest["method"], manifest["calibration"]
     options = ", ".join(f"{name}={value}" for name, value in method["options"].items()) or "none"

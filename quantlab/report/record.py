@@ -1,7 +1,7 @@
 """Reading the two records of a finished run."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,21 @@ class RunRecord:
     Attributes:
         manifest: content of manifest.json: model, method, storage, timings, layers, provenance.
         perplexity: by protocol, what `quantlab.evaluate.perplexity.measure_pair` returns.
+        tasks: by task, what `quantlab.evaluate.harness.compare_on_tasks` returns.
     """
 
     manifest: dict[str, Any]
     perplexity: dict[str, dict[str, Any]]
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def mean_accuracy(self, model: str) -> float | None:
+        """The mean accuracy over the tasks that have one, as papers report it; None without such tasks.
+
+        Args:
+            model: "float" or "quantized".
+        """
+        values = [task[model]["acc"]["value"] for task in self.tasks.values() if "acc" in task[model]]
+        return sum(values) / len(values) if values else None
 
     @property
     def label(self) -> str:
@@ -42,7 +53,7 @@ def read_record(run_folder: Path) -> RunRecord:
         UsageError: the folder is not that of a finished run.
     """
     manifest, evaluation = (_read(run_folder / name) for name in ("manifest.json", "eval.json"))
-    return RunRecord(manifest=manifest, perplexity=evaluation["perplexity"])
+    return RunRecord(manifest=manifest, perplexity=evaluation["perplexity"], tasks=evaluation.get("tasks", {}))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -40,6 +40,11 @@ def summary_rows(record: RunRecord) -> list[list[str]]:
             f"{values['quantized']:.3f} ({values['quantized'] - values['float']:+.3f})",
             f"{values['kl']:.4f}",
         ]
+    before, after = record.mean_accuracy("float"), record.mean_accuracy("quantized")
+    if before is not None and after is not None:
+        header.append("mean accuracy" if len(record.tasks) > 1 else f"accuracy {next(iter(record.tasks))}")
+        reference.append(f"{before:.2%}")
+        quantized.append(f"{after:.2%}")
     header += ["quantization", "peak memory"]
     reference += ["", ""]
     quantized += [format_duration(manifest["stages_s"]["quantize"]), format_bytes(manifest["peak_rss_bytes"])]

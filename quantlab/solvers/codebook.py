@@ -57,6 +57,7 @@ class CodebookFit:
 
     def __init__(self, weight: Tensor, hessian: Tensor) -> None:
         self._hessian = hessian
+        self._triangle = solver.HessianTriangle(hessian) if solver.usable(hessian) else None
         self._product = _times(weight, hessian)
 
     def refit(self, levels: Tensor, assignment: Assignment) -> tuple[Codebooks, Tensor]:
@@ -79,13 +80,18 @@ class CodebookFit:
         corrections, losses = [], []
         for rows in _chunks(assignment.codes, count):
             codes = assignment.codes[rows]
-            gram = level_gram(codes, self._hessian, count)
+            gram = self._gram(codes, count)
             right = _sums_by_code(codes, self._product[rows], count) - _times_rows(gram, levels[rows])
             correction = _solve_scaled(gram, right, precision)
             change = ((_times_rows(gram, correction) - 2 * right) * correction).sum(dim=1)
             corrections.append(correction)
             losses.append(loss[rows] + change)
         return _sorted(levels + torch.cat(corrections).to(levels.dtype), assignment.codes), torch.cat(losses)
+
+    def _gram(self, codes: Tensor, levels: int) -> Tensor:
+        if self._triangle is None:
+            return level_gram(codes, self._hessian, levels)
+        return self._triangle.level_gram(codes, levels)
 
 
 def refit_codebook(levels: Tensor, codes: Tensor, error: Tensor, hessian: Tensor) -> Codebooks:
@@ -124,7 +130,7 @@ def level_gram(codes: Tensor, hessian: Tensor, levels: int) -> Tensor:
         (rows, levels, levels) in the dtype of the Hessian.
     """
     if solver.usable(hessian):
-        return solver.level_gram(codes, hessian, levels)
+        return solver.HessianTriangle(hessian).level_gram(codes, levels)
     rows = max(1, _CHUNK_ELEMENTS // (levels * codes.shape[1]))
     return torch.cat([_gram_by_bags(chunk, hessian, levels) for chunk in torch.split(codes, rows)])
 

@@ -19,7 +19,7 @@ from quantlab_kernels import solver
 
 _CHUNK_ELEMENTS = 1 << 22  # sorted values, weights and prefix sums are float64: about 180 MB of working memory
 _CAP_ROUNDS = 8
-_CHUNK_ELEMENTS_IN_CELLS = 1 << 19  # a histogram is made in a core's cache
+_CHUNK_ELEMENTS_IN_CELLS = 1 << 17  # a histogram is made in a core's cache
 _VALUES_PER_CELL = 4
 _COMPANDING = 3.0  # standard deviations at which a cell is four times as wide as in the middle
 
@@ -59,12 +59,14 @@ def kmeans_levels(
     if weights is None and cells is None:
         ordered = (_unweighted(chunk) for chunk in chunks)
     else:
-        weights = rows.new_ones(()) if weights is None else weights
-        _check(weights)
+        if weights is None:
+            weights = rows.new_ones(())
+        else:
+            _check(weights)
+            starts = (*starts, _greedy_start)
         parts = torch.split(weights.expand_as(rows), rows_per_chunk)
         prepare = _weighted if cells is None else partial(_histogram, cells=cells)
         ordered = (prepare(chunk, part) for chunk, part in zip(chunks, parts, strict=True))
-        starts = (*starts, _greedy_start)
     found = torch.cat([_cluster(chunk, [start(chunk, levels) for start in starts], iterations) for chunk in ordered])
     # Rounding in the prefix sums can put two nearly equal means in the wrong order.
     return found.to(rows.dtype).sort(dim=1).values

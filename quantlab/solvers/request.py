@@ -1,11 +1,17 @@
 """What every method does first and last: refuse what it cannot do, pick a precision, report its loss."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from quantlab.api import LayerProblem, QuantizedLayer, QuantizerInfo, Statistic, layer_loss
+from quantlab.api import LayerProblem, Lut, Outliers, QuantizedLayer, QuantizerInfo, Statistic, layer_loss
+from quantlab_kernels import solver
+from quantlab_kernels.solver_tiles import LANES
+
+_CHUNKS = 8
+_FEWEST_ROWS_PER_THREAD = 2 * LANES
 
 
 def check_request(problem: LayerProblem, info: QuantizerInfo) -> None:
@@ -36,7 +42,43 @@ def working_dtype(*operands: Tensor) -> torch.dtype:
     return torch.float64 if all(operand.dtype == torch.float64 for operand in operands) else torch.float32
 
 
+def row_chunks(weight: Tensor) -> list[slice]:
+    """The rows to solve at a time, for methods that treat rows by themselves: it bounds their working memory.
+
+    The native solvers give the same answer whatever the chunks are. PyTorch takes all rows at once, because there a
+    step takes about as long for few rows as for many.
+
+    Args:
+        weight: (out_features, in_features).
+    """
+    rows = len(weight)
+    if not solver.usable(weight):
+        return [slice(0, rows)]
+    size = max(-(-rows // _CHUNKS), _FEWEST_ROWS_PER_THREAD * torch.get_num_threads())
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def stacked(parts: Sequence[QuantizedLayer]) -> QuantizedLayer:
+    """One layer from chunks of its rows, which have look-up tables and no diagnostics."""
+    codes = torch.cat([part.codes for part in parts])
+    values = torch.cat([part.codebook.levels() for part in parts])
+    outliers, first = [], 0
+    for part in parts:
+        if part.outliers is not None:
+            outliers.append(replace(part.outliers, rows=part.outliers.rows + first))
+        first += len(part.codes)
+    return QuantizedLayer(codes=codes, codebook=Lut(values=values), outliers=_joined(outliers) if outliers else None)
+
+
 def with_loss(layer: QuantizedLayer, problem: LayerProblem, **diagnostics: float) -> QuantizedLayer:
     """The same layer, reporting its loss by the undamped Hessian beside other diagnostics."""
     loss = layer_loss(problem.weight, layer.dequantize(), problem.require_hessian()).sum().item()
     return replace(layer, diagnostics={"loss": loss, **diagnostics})
+
+
+def _joined(parts: list[Outliers]) -> Outliers:
+    return Outliers(
+        rows=torch.cat([part.rows for part in parts]),
+        columns=torch.cat([part.columns for part in parts]),
+        values=torch.cat([part.values for part in parts]),
+    )

@@ -88,7 +88,10 @@ def factor_for_sweep(hessian: Tensor, order: Tensor, damping: float, dtype: torc
     """
     columns = order.flip(0)
     live = hessian.diagonal()[columns] != 0
-    factor = damped_cholesky(hessian[columns][:, columns], damping)
+    if not torch.equal(columns, torch.arange(len(columns), device=columns.device)):
+        hessian = hessian[columns][:, columns]
+    factor = damped_cholesky(hessian, damping)
+    del hessian  # as soon as it can go: wider copies are on the way
     pivots = factor.lower.diagonal().clone()  # a view would keep all of L in memory
     return SweepFactor(
         columns=columns,

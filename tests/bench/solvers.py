@@ -6,6 +6,7 @@ the textbook are compared with the same Hessian, first tables and number of iter
 """
 
 import argparse
+import ctypes
 import json
 import sys
 import time
@@ -39,6 +40,7 @@ DAMPING = 0.01
 PAPER = GanqQuantizer.info.presets["paper"]
 KMEANS_ITERATIONS, KMEANS_CELLS = 50, 256
 MOST_FACTORS = 1024
+LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +179,9 @@ def timed(run: Callable[[], Tensor | None]) -> tuple[Tensor | None, float, int |
 
 def restart_peak() -> int | None:
     """Let the recorded peak of memory begin at the present level; None where the system cannot."""
+    # Freed memory that the allocator still holds would hide what is allocated next.
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

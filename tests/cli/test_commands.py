@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
@@ -211,3 +212,54 @@ def test_python_dash_m_is_the_same_command(tmp_path):
     assert finished.returncode == 78
     assert "no_such_recipe" in finished.stderr
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_show_knows_layer_rules_the_engine_and_the_target(tmp_path, capsys):
+    recipe = tmp_path / "rules.yaml"
+    recipe.write_text(
+        "version: 1\nmethod: {name: ganq, bits: 4}\ncalibration: {target_alpha: 0.5}\nengine: {memory_budget: 12GiB}\n"
+        'layers:\n  - {match: "*.down_proj", bits: 3, iterations: 5}\n  - {match: "*.layers.0.*", skip: true}\n'
+    )
+    assert invoke(["show", str(recipe), "--set", "engine.deterministic=true"]) == 0
+    text = capsys.readouterr().out
+    origins = [tuple(part.strip(" -") for part in line.split("#")) for line in text.splitlines() if "  # " in line]
+    assert ("target_alpha: 0.5", "rules.yaml:3") in origins
+    assert ("memory_budget: 12GiB", "rules.yaml:4") in origins
+    assert ("deterministic: true", "set") in origins
+    first, second = (origins[start : start + 5] for start in range(len(origins)) if origins[start][0][:6] == "match:")
+    assert first[2:] == [
+        ("bits: 3", "rules.yaml:6"),
+        ("group_size: null", "as in method"),
+        ("iterations: 5", "rules.yaml:6"),
+    ]
+    assert second[1:4] == [("skip: true", "rules.yaml:7"), ("bits: null", "default"), ("group_size: null", "default")]
+    (tmp_path / "shown.yaml").write_text(text)
+    assert load_recipe(tmp_path / "shown.yaml").recipe.layers == load_recipe(recipe).recipe.layers
+
+
+@pytest.mark.parametrize("path", list(commands()), ids=lambda path: "-".join(path) or "root")
+def test_every_command_can_be_quiet_verbose_and_without_color(path, capsys):
+    assert invoke([*path, "-h"]) == 0
+    help_text = capsys.readouterr().out
+    assert all(flag in help_text for flag in ("-q, --quiet", "-v, --verbose", "--no-color"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "colored"),
+    [([], "", True), (["--no-color"], "", False), ([], "1", False)],
+    ids=["default", "option", "NO_COLOR"],
+)
+def test_colors_can_be_turned_off(arguments, variable, colored, monkeypatch, capsys):
+    monkeypatch.setenv("NO_COLOR", variable)
+    monkeypatch.setattr("click.utils.should_strip_ansi", lambda stream, color: color is False)  # as on a terminal
+    assert invoke(["show", "no-such-recipe", *arguments]) == 78
+    assert ("\x1b[" in capsys.readouterr().err) is colored
+
+
+def test_tables_without_color_have_none(monkeypatch):
+    from quantlab.cli.options import CONTEXT, open_console
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert not open_console().no_color
+    with click.Context(cli, color=False, **CONTEXT):
+        assert open_console().no_color

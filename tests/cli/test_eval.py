@@ -77,3 +77,106 @@ def test_profile_prints_a_table_and_both_texts(run_folder, capsys):
 def test_an_unknown_model_is_one_clear_error(capsys):
     assert invoke(["eval", "no-such-model", "-q"]) == 78
     assert "no model no-such-model" in capsys.readouterr().err
+
+
+def test_one_block_at_a_time_gives_the_numbers_of_models_in_memory(run_folder, capsys):
+    assert invoke(["eval", str(run_folder), *TINY, "--json"]) == 0
+    in_memory = json.loads(capsys.readouterr().out)
+    assert invoke(["eval", str(run_folder), *TINY, "--json", "--memory-budget", "2GiB"]) == 0
+    streamed = json.loads(capsys.readouterr().out)
+    assert (in_memory.pop("streamed"), streamed.pop("streamed")) == (False, True)
+    assert streamed == in_memory
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_alone_is_streamed_too_in_any_dtype(run_folder, capsys, dtype):
+    command = ["eval", str(run_folder / "model"), *TINY, "--json", "--dtype", dtype]
+    assert invoke(command) == 0
+    in_memory = json.loads(capsys.readouterr().out)["perplexity"]
+    assert invoke([*command, "--memory-budget", "2 GiB"]) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"] == in_memory
+
+
+def test_models_that_the_machine_cannot_hold_are_streamed(run_folder, capsys, monkeypatch):
+    import quantlab.evaluate.evaluation as module
+
+    monkeypatch.setattr(module, "physical_bytes", lambda: 2**20)
+    assert invoke(["eval", str(run_folder), *TINY, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["streamed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--memory-budget", "12"), "must be a number with one of the units"),
+        (("--memory-budget", "100MiB"), "too small to evaluate these models; one block at a time they need"),
+        (("--memory-budget", "2GiB", "--tasks", "stdlib_continuation"), "tasks need the whole model in memory"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_refused(capsys, arguments, message):
+    assert invoke(["eval", "demo", *TINY, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")  # lm-eval's own
+def test_a_run_evaluates_the_tasks_of_its_recipe_on_both_models(run_folder, tmp_path, capsys):
+    settings = [
+        *("calibration.num_samples=1", "calibration.sequence_length=32", "evaluation.perplexity=[]", "method.bits=2"),
+        *("evaluation.tasks=[stdlib_continuation]", "evaluation.limit=4"),
+    ]
+    folder = tmp_path / "run"
+    assert invoke(["run", "rtn_w4", *(f"--set={item}" for item in settings), "--output-dir", str(folder), "-q"]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    evaluation = json.loads((folder / "eval.json").read_text())
+    task = evaluation["tasks"]["stdlib_continuation"]
+    assert (task["samples"], task["local"]) == (4, True)
+    assert task["float"].keys() == task["quantized"].keys() == {"acc", "acc_norm"}
+    assert task["float"] != task["quantized"]
+    assert evaluation["lm_eval_version"]
+    for model in ("demo", str(folder)):
+        assert invoke(["eval", model, "--tasks", "stdlib_continuation", "--limit", "4", "--json"]) == 0
+        alone = json.loads(capsys.readouterr().out)["tasks"]["stdlib_continuation"]
+        assert alone["metrics"] == task["float" if model == "demo" else "quantized"]
+
+
+def test_a_run_whose_tasks_cannot_be_had_ends_before_the_work(tmp_path, capsys):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.jsonl").write_text('{"a": 1}\n')
+    settings = [f"evaluation.tasks_dir={tmp_path / 'tasks'}", "evaluation.tasks=[mine]"]
+    command = ["run", "rtn_w4", *(f"--set={item}" for item in settings), "--output-dir", str(tmp_path / "run"), "-q"]
+    assert invoke(command) != 0
+    assert "no known layout" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_within_a_memory_budget_are_refused_by_the_plan(capsys):
+    settings = ["evaluation.tasks=[stdlib_continuation]", "engine.memory_budget=4GiB"]
+    assert invoke(["plan", "rtn_w4", *(f"--set={item}" for item in settings)]) == 78
+    assert "evaluation.tasks need the whole model in memory" in capsys.readouterr().err
+
+
+def test_kernels_are_measured_beside_dense_layers_of_the_same_shapes(run_folder, capsys, monkeypatch):
+    import quantlab.evaluate.kernels as module
+
+    monkeypatch.setattr(module, "TURN_S", 0)
+    monkeypatch.setattr(module, "COLD_BYTES", 1)
+    assert invoke(["profile", str(run_folder), "--kernels", "--repeats", "2", "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    shapes = [(layer["out_features"], layer["in_features"]) for layer in layers]
+    assert len(shapes) == len(set(shapes)) > 1
+    assert all((layer["bits"], layer["codebook"]) == (4, "uniform") for layer in layers)
+    manifest = json.loads((run_folder / "manifest.json").read_text())
+    assert sum(layer["count"] for layer in layers) == len(manifest["layers"])
+    for layer in layers:
+        assert list(layer["batches"]) == ["1", "4", "16", "64"]
+        for values in layer["batches"].values():
+            low, high = values["speedup_range"]
+            assert 0 < low <= values["speedup"] <= high
+            assert min(values["ms"], values["dense_ms"]) > 0
+    assert invoke(["profile", str(run_folder), "--kernels", "--repeats", "1", "-q"]) == 0
+    assert "uniform 4-bit" in capsys.readouterr().out
+
+
+def test_kernels_of_a_float_model_are_refused(capsys):
+    assert invoke(["profile", "demo", "--kernels", "-q"]) == 2
+    assert "demo has no quantized layers" in capsys.readouterr().err

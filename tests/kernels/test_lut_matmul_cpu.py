@@ -269,6 +269,71 @@ def test_nothing_behind_an_operand_is_read(isa, bits, dtype):
             assert torch.equal(lut_matmul_prepared(guarded(x), *operands), expected)
 
 
+@pytest.fixture
+def dense_path(isa, monkeypatch):
+    """Every batch in bfloat16 is multiplied with dequantized weights, in blocks of eight rows."""
+    if not cpu.LIBRARY.get().quantlab_lut_dequantizes():
+        pytest.skip("it never dequantizes")
+    monkeypatch.setattr(cpu, "DENSE_SAMPLES", 1)
+    monkeypatch.setattr(cpu, "WORKSPACE_BYTES", 1)
+
+
+@pytest.mark.parametrize("grid", [False, True], ids=["lut", "grid"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_dequantized_blocks_agree_with_float64(dense_path, bits, grid):
+    for rows, columns, groups in [*SHAPES, *GROUPED]:
+        weight = make_weight(bits, rows, columns, groups, grid)
+        x, bias = torch.randn(4, columns).bfloat16(), torch.randn(rows).bfloat16()
+        result = multiply(weight, x, bias)
+        assert_close_to_float64(result, x, dense(weight, columns).bfloat16(), bias)
+        assert torch.equal(multiply(weight, x, bias), result)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_dequantized_weights_hold_their_outliers_rounded_to_bfloat16(dense_path, bits):
+    weight, outliers = make_weight(bits, 19, 130, 1), sparse(19, 130, (0, 7, 2.5), (18, 129, -4.0))
+    zeros = torch.zeros_like(dense(weight, 130))
+    expected = dense(weight, 130).bfloat16().float() + dense_outliers(zeros, outliers)
+    assert torch.equal(multiply(weight, torch.eye(130).bfloat16(), None, outliers), expected.bfloat16().T)
+
+
+def dense_outliers(weight, outliers):
+    offsets, columns, values = outliers
+    rows = torch.repeat_interleave(offsets.diff().long())
+    return weight.index_put((rows, columns.long()), values.float(), accumulate=True)
+
+
+def test_nothing_behind_an_operand_is_read_when_it_is_dequantized(dense_path):
+    for bits, columns, groups, grid in ((2, 97, 1, False), (3, 96, 3, False), (4, 96, 3, True), (3, 513, 1, True)):
+        weight, outliers = make_weight(bits, 9, columns, groups, grid), sparse(9, columns, (8, columns - 1, 1.0))
+        x, bias = torch.randn(3, columns).bfloat16(), torch.randn(9).bfloat16()
+        expected = multiply(weight, x, bias, outliers)
+        prepared = prepare(*weight, columns, x.dtype)
+        operands = (
+            *(None if each is None else guarded(each) for each in (prepared.codes, *weight[1:])),
+            prepared.layout,
+        )
+        additions = guarded(bias), *map(guarded, outliers)
+        assert torch.equal(lut_matmul_prepared(guarded(x), *operands, *additions), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_samples_of_other_types_than_bfloat16_do_not_depend_on_the_batch_however_large(isa, dtype):
+    weight, x = make_weight(4, 9, 130, 1), torch.randn(cpu.DENSE_SAMPLES + 1, 130).to(dtype)
+    assert torch.equal(torch.cat([multiply(weight, sample) for sample in x.split(1)]), multiply(weight, x))
+
+
+def test_bfloat16_is_dequantized_from_the_documented_size_of_the_batch_on(isa, monkeypatch):
+    calls = []
+    inner = cpu._multiply_dense
+    monkeypatch.setattr(cpu, "_multiply_dense", lambda *arguments: calls.append(arguments) or inner(*arguments))
+    weight, x = make_weight(4, 9, 130, 1), torch.randn(cpu.DENSE_SAMPLES, 130).bfloat16()
+    multiply(weight, x[1:])
+    assert not calls
+    assert_close_to_float64(multiply(weight, x), x, dense(weight, 130).bfloat16())
+    assert bool(calls) == bool(cpu.LIBRARY.get().quantlab_lut_dequantizes())
+
+
 def test_each_call_returns_memory_of_its_own(isa):
     weight, x = make_weight(4, 8, 64, 1), torch.randn(1, 64)
     first = multiply(weight, x)

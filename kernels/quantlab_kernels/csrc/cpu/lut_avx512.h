@@ -113,6 +113,9 @@ struct Brain {
 
     static Vector load(const Value* values) { return _mm512_loadu_si512(values); }
     static void store(Value* values, Vector vector) { _mm512_storeu_si512(values, vector); }
+    static void store_some(Value* values, Vector vector, __mmask32 some) {
+        _mm512_mask_storeu_epi16(values, some, vector);
+    }
     static Floats multiply_add(Floats sum, Vector weights, Vector x) {
         return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(weights), reinterpret_cast<__m512bh>(x));
     }

@@ -1,0 +1,267 @@
+"""Several methods on one model, under the same conditions: same calibration tokens, same statistics, same evaluation.
+
+A comparison is a folder with one run folder per cell: a method variant, a code width and a seed. A finished cell is
+never computed again, an unfinished one is continued, and one that failed is a row with its reason.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from quantlab.checkpoint.atomic import replacing
+from quantlab.errors import QuantlabError, ResumableError, UsageError
+from quantlab.evaluate.perplexity import Forward, in_memory
+from quantlab.memory import reset_peak_rss
+from quantlab.models import resolve_model
+from quantlab.pipeline import execute
+from quantlab.plan import compute_dtype
+from quantlab.progress import Progress
+from quantlab.recipe import (
+    CalibrationSection,
+    EvaluationSection,
+    LayerRule,
+    MethodSection,
+    ModelSection,
+    Recipe,
+    dump_recipe,
+    load_recipe,
+)
+from quantlab.recipe.layers import MethodAssignment, assign_methods
+from quantlab.skeleton import load_model, read_config
+
+CELLS = "cells"
+FAILURE_SUFFIX = ".failed.json"
+REFERENCE_BYTES = 1 << 30
+"""Logits of the float model are kept up to this size, so that it runs once and not once per cell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A method as it takes part in a comparison.
+
+    Attributes:
+        label: as the user wrote it.
+        method: its section of a recipe.
+        layers: its layer rules.
+        overrides: assignments of options, such as "method.iterations=20".
+    """
+
+    label: str
+    method: MethodSection
+    layers: tuple[LayerRule, ...] = ()
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+        variant: label of the method variant.
+        bits: code width.
+        seed: of the run.
+        folder: its run folder.
+        assignment: its recipe, with the methods configured.
+    """
+
+    variant: str
+    bits: int
+    seed: int
+    folder: Path
+    assignment: MethodAssignment
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is complete."""
+        return (self.folder / "manifest.json").is_file()
+
+    @property
+    def failure_file(self) -> Path:
+        """Where the reason is kept if the run failed."""
+        return self.folder.parent / f"{self.folder.name}{FAILURE_SUFFIX}"
+
+    @property
+    def failure(self) -> str | None:
+        """Why the run failed, or None."""
+        if not self.failure_file.is_file():
+            return None
+        reason: str = json.loads(self.failure_file.read_text(encoding="utf-8"))["reason"]
+        return reason
+
+
+def common_recipe(
+    *,
+    model: str,
+    dtype: str,
+    calibration: str,
+    num_samples: int,
+    sequence_length: int | None,
+    group_size: int | None,
+    texts: tuple[str, ...],
+    num_windows: int | None,
+) -> Recipe:
+    """What all recipes of a comparison share; the method in it is only a place holder.
+
+    Args:
+        model: a folder, a hub id or an alias.
+        dtype: what it computes in.
+        calibration: text that the methods see.
+        num_samples: calibration windows.
+        sequence_length: tokens per window, in calibration and evaluation.
+        group_size: inputs per codebook, or None.
+        texts: to evaluate on.
+        num_windows: evaluation windows per text, or None for all.
+    """
+    return Recipe(
+        version=1,
+        model=ModelSection(path=model, dtype=cast(Any, dtype)),
+        calibration=CalibrationSection(name=calibration, num_samples=num_samples, sequence_length=sequence_length),
+        method=MethodSection(name="rtn", bits=4, group_size=group_size),
+        evaluation=EvaluationSection(perplexity=texts, sequence_length=sequence_length, num_windows=num_windows),
+    )
+
+
+def parse_variants(names: Sequence[str], settings: Sequence[str]) -> list[Variant]:
+    """The variants as written on the command line.
+
+    Args:
+        names: methods ("ganq"), methods with a preset ("ganq@paper"), or recipe files, of which the method is taken.
+        settings: assignments of options such as "ganq.iterations=20", for all variants of that method.
+
+    Raises:
+        RecipeError: a recipe file is not one.
+        UsageError: an assignment is for a method that takes no part.
+    """
+    variants = []
+    for name in names:
+        if name.endswith((".yaml", ".yml")):
+            recipe = load_recipe(name).recipe
+            variants.append(Variant(label=Path(name).stem, method=recipe.method, layers=recipe.layers))
+        else:
+            method, _, preset = name.partition("@")
+            variants.append(Variant(label=name, method=MethodSection(name=method, bits=4, preset=preset or None)))
+    taking_part = {variant.method.name for variant in variants}
+    for setting in settings:
+        if setting.partition(".")[0] not in taking_part:
+            raise UsageError(f"--set {setting}: only {', '.join(sorted(taking_part))} take part in the comparison")
+    return [
+        replace(
+            variant,
+            overrides=tuple(
+                f"method.{setting.partition('.')[2]}"
+                for setting in settings
+                if setting.startswith(f"{variant.method.name}.")
+            ),
+        )
+        for variant in variants
+    ]
+
+
+def plan_cells(
+    variants: Sequence[Variant], bits: Sequence[int], seeds: int, common: Recipe, overrides: Sequence[str], folder: Path
+) -> list[Cell]:
+    """The runs of a comparison, all recipes checked.
+
+    Args:
+        variants: the methods.
+        bits: code widths.
+        seeds: how many runs of each, with seeds 0, 1, 2 and so on.
+        common: what is the same for all: model, calibration, evaluation; its method is replaced.
+        overrides: assignments for all recipes, such as "calibration.target_alpha=0.5".
+        folder: of the comparison.
+
+    Raises:
+        RecipeError: a recipe cannot be run as it is.
+        UsageError: the folder holds a finished cell of the same name with another recipe.
+    """
+    (folder / CELLS).mkdir(parents=True, exist_ok=True)
+    cells = []
+    for width in bits:
+        for variant in variants:
+            for seed in range(seeds):
+                group_size = variant.method.group_size or common.method.group_size
+                method = replace(variant.method, bits=width, group_size=group_size)
+                recipe = replace(common, method=method, layers=variant.layers, seed=seed)
+                name = f"{re.sub(r'[^a-z0-9.-]+', '-', variant.label.lower())}-w{width}-s{seed}"
+                path = folder / CELLS / f"{name}.yaml"
+                with replacing(path) as temporary:
+                    temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+                assignment = assign_methods(load_recipe(path, [*overrides, *variant.overrides]))
+                cell = Cell(
+                    variant=variant.label, bits=width, seed=seed, folder=folder / CELLS / name, assignment=assignment
+                )
+                _require_same_recipe(cell)
+                cells.append(cell)
+    return cells
+
+
+def _require_same_recipe(cell: Cell) -> None:
+    resolved = cell.folder / "recipe.resolved.yaml"
+    if cell.finished and resolved.read_text(encoding="utf-8") != dump_recipe(cell.assignment.loaded.recipe):
+        raise UsageError(
+            f"{cell.folder} holds a finished run with another recipe (compare {resolved.name} there with "
+            f"{cell.assignment.loaded.path}); choose another --output-dir, or remove that folder"
+        )
+
+
+def run_cells(
+    cells: Sequence[Cell], progress: Progress, stop: Callable[[], bool], announce: Callable[[Cell, int], None]
+) -> None:
+    """Run every cell that is not finished.
+
+    Args:
+        cells: of one comparison.
+        progress: is told about every stage.
+        stop: a true answer ends the comparison at the next place from which it can go on.
+        announce: is told about every cell that is about to run, and its position.
+
+    Raises:
+        ResumableError: the comparison was stopped.
+        ModelError: the model cannot be found.
+    """
+    pending = [cell for cell in cells if not cell.finished]
+    if not pending:
+        return
+    recipe = pending[0].assignment.loaded.recipe
+    model_folder = resolve_model(recipe.model.path)
+    reference = _reference(model_folder, recipe)
+    for position, cell in enumerate(cells):
+        if cell.finished:
+            continue
+        announce(cell, position)
+        cell.failure_file.unlink(missing_ok=True)
+        command = shlex.join(["quantlab", "run", str(cell.assignment.loaded.path)])
+        reset_peak_rss()
+        try:
+            execute(cell.assignment, model_folder, cell.folder, progress, command, stop, reference)
+        except ResumableError:
+            raise
+        except QuantlabError as error:
+            with replacing(cell.failure_file) as temporary:
+                temporary.write_text(json.dumps({"reason": str(error)}) + "\n", encoding="utf-8")
+
+
+def _reference(model_folder: Path, recipe: Recipe) -> Forward:
+    """The logits of the float model: loaded with the first question, and remembered as far as memory is set aside."""
+    dtype = compute_dtype(recipe, read_config(model_folder))
+    loaded: list[Forward] = []
+    remembered: dict[bytes, Tensor] = {}
+
+    def forward(index: int, ids: Tensor) -> Tensor:
+        key = ids.numpy().tobytes()
+        if key in remembered:
+            return remembered[key]
+        if not loaded:
+            loaded.append(in_memory(load_model(model_folder, dtype)))
+        logits = loaded[0](index, ids)
+        if sum(known.nbytes for known in remembered.values()) + logits.nbytes <= REFERENCE_BYTES:
+            remembered[key] = logits
+        return logits
+
+    return forward

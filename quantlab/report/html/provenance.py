@@ -1,0 +1,33 @@
+"""What is needed to understand and to repeat a run."""
+
+from quantlab.report.html.markup import Html, breakable, join, tag
+from quantlab.report.html.parts import Part
+from quantlab.report.html.runs import Run
+from quantlab.report.html.tables import facts
+from quantlab.report.markdown import provenance as described
+
+
+def fallbacks(run: Run) -> Part:
+    """The layers on which the method departed from its options."""
+    entries = [str(entry) for entry in run.manifest["fallbacks"]]
+    if not entries:
+        content: Html = tag("p", "None: every layer was solved as the options say.")
+    else:
+        content = tag("ul", *(tag("li", breakable(entry)) for entry in entries), class_="warning")
+    return Part(key="fallbacks", title="Fallbacks", content=content)
+
+
+def provenance(run: Run) -> Part:
+    """Everything on record, and the command that repeats the run."""
+    manifest = run.manifest
+    more = [
+        (name, str(manifest[key]))
+        for key, name in (("seed", "seed"), ("dtype", "computed in"), ("threads", "threads"), ("drive_mode", "engine"))
+        if key in manifest
+    ]
+    files = [tag("li", tag("code", breakable(f"{name} {digest}"))) for name, digest in manifest["files"].items()]
+    content = [facts([(name, breakable(value)) for name, value in [*described(run.record), *more]])]
+    if files:
+        content.append(tag("details", tag("summary", f"Hashes of the {len(files)} files"), tag("ul", *files)))
+    content += [tag("h4", "Repeat this run"), tag("pre", tag("code", manifest["command"]), tabindex=0)]
+    return Part(key="provenance", title="Provenance", content=join(content))

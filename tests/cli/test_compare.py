@@ -1,0 +1,125 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from quantlab import compare as module
+from quantlab.cli.app import invoke
+from quantlab.errors import NumericalError, ResumableError
+
+SMALL = ("--num-samples", "1", "--sequence-length", "32", "--num-windows", "2")
+GANQ = ("--set", "ganq.iterations=1", "--set", "ganq.polish_rounds=0")
+
+
+@pytest.fixture
+def compare(tmp_path):
+    def run(*arguments):
+        return invoke(["compare", *arguments, *SMALL, "--output-dir", str(tmp_path / "out")])
+
+    return run
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """Names of the cells that were really computed."""
+    names = []
+    execute = module.execute
+
+    def remember(assignment, model_folder, folder, *rest):
+        names.append(folder.name)
+        return execute(assignment, model_folder, folder, *rest)
+
+    monkeypatch.setattr(module, "execute", remember)
+    return names
+
+
+def rows(tmp_path):
+    return json.loads((tmp_path / "out" / "compare.json").read_text())
+
+
+def test_methods_share_calibration_and_evaluation_and_end_in_a_table(compare, tmp_path, capsys):
+    assert compare("rtn", "gptq", "--bits", "4,3", "-q") == 0
+    output = capsys.readouterr().out
+    assert "KL to float" in output
+    table = rows(tmp_path)
+    assert [(line["variant"], line["bits"]) for line in table] == [("rtn", 4), ("gptq", 4), ("rtn", 3), ("gptq", 3)]
+    cells = sorted((tmp_path / "out" / "cells").glob("*/manifest.json"))
+    manifests = [json.loads(path.read_text()) for path in cells]
+    assert len({manifest["calibration"]["token_sha256"] for manifest in manifests}) == 1
+    assert len({line["float_perplexity"]["stdlib"] for line in table}) == 1
+    assert "| rtn | 4 |" in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_finished_cells_are_never_computed_again_and_more_can_be_added(compare, executed):
+    assert compare("rtn", "-q") == 0
+    assert compare("rtn", "ganq", "--bits", "4,2", *GANQ, "-q") == 0
+    assert executed == ["rtn-w4-s0", "ganq-w4-s0", "rtn-w2-s0", "ganq-w2-s0"]
+
+
+def test_a_stopped_comparison_goes_on_where_it_was(compare, executed, monkeypatch):
+    execute = module.execute
+
+    def stop_at_second(assignment, model_folder, folder, *rest):
+        if len(executed) == 1:
+            executed.append("stopped")
+            raise ResumableError("stopped")
+        return execute(assignment, model_folder, folder, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "execute", stop_at_second)
+        assert compare("rtn", "kmeans", "-q") == 75
+    assert compare("rtn", "kmeans", "-q") == 0
+    assert executed == ["rtn-w4-s0", "stopped", "kmeans-w4-s0"]
+
+
+def test_a_failed_cell_is_a_row_with_its_reason_and_is_tried_again(compare, monkeypatch, tmp_path, capsys):
+    execute = module.execute
+
+    def fail(assignment, model_folder, folder, *rest):
+        if "gptq" in folder.name:
+            raise NumericalError("gptq cannot quantize layer 3")
+        return execute(assignment, model_folder, folder, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "execute", fail)
+        assert compare("gptq", "rtn", "-q") == 3
+    assert "1 of 2 runs failed; the first: gptq cannot quantize layer 3" in capsys.readouterr().err
+    assert [line["failure"] for line in rows(tmp_path)] == ["gptq cannot quantize layer 3", None]
+    assert compare("gptq", "rtn", "-q") == 0
+    assert [line["failure"] for line in rows(tmp_path)] == [None, None]
+
+
+def test_variants_are_presets_and_recipe_files_and_take_their_own_options(compare, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("version: 1\nmethod: {name: kmeans, bits: 4, iterations: 3}\n")
+    assert compare("ganq@paper", str(recipe), "--bits", "3", *GANQ, "--csv", str(tmp_path / "t.csv"), "-q") == 0
+    manifests = {
+        path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "out/cells").glob("*/manifest.json")
+    }
+    assert manifests["ganq-paper-w3-s0"]["method"]["options"]["iterations"] == 1
+    assert manifests["ganq-paper-w3-s0"]["method"]["options"]["column_order"] == "natural"
+    assert manifests["mine-w3-s0"]["method"]["options"]["iterations"] == 3
+    assert Path(tmp_path / "t.csv").read_text().startswith("variant,bits,seeds")
+
+
+def test_the_same_folder_with_another_setting_is_refused(compare, capsys):
+    assert compare("rtn", "-q") == 0
+    assert compare("rtn", "-q", "--set", "calibration.target_alpha=0.5") == 2
+    assert "holds a finished run with another recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["gang"], 78, "did you mean ganq"),
+        (["rtn", "--bits", "four"], 2, "is not a list of numbers"),
+        (["rtn", "--bits", "9"], 78, "bits is 9"),
+        (["rtn", "--set", "rtn.clip=1"], 78, "rtn"),
+        (["rtn", "--set", "gptq.damping=1"], 2, "only rtn take part"),
+        (["rtn", "--set", "calibratoin.name=c4"], 78, "calibratoin is not a key"),
+    ],
+)
+def test_mistakes_are_found_before_any_work(compare, executed, arguments, code, message, capsys):
+    assert compare(*arguments) == code
+    assert message in capsys.readouterr().err
+    assert executed == []

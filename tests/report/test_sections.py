@@ -1,0 +1,211 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantlab.models import resolve_model
+from quantlab.report.html.codebooks import codebooks
+from quantlab.report.html.convergence import convergence
+from quantlab.report.html.experts import experts
+from quantlab.report.html.layers import grid
+from quantlab.report.html.published import find_published, published, read_published, recipe_of
+from quantlab.report.html.resources import resources
+from quantlab.report.html.runs import find_runs
+from quantlab.report.html.weights import RunWeights
+
+LAYER = "model.layers.1.mlp.up_proj"
+TABLES = """
+- paper: A paper, Table 2
+  metric: perplexity
+  protocol: wikitext2
+  sequence_length: 2048
+  models: [opt-125m, llama-7b]
+  float: [27.66, 5.68]
+  ganq_w4: [28.58, 5.83]
+- paper: A paper, Table 3
+  metric: accuracy
+  tasks: [rte]
+  models: [llama-7b]
+  ganq_w4: [[63.18]]
+"""
+
+
+def the_run(folder):
+    (run,), _ = find_runs([folder])
+    return run
+
+
+def edit(folder, change):
+    content = json.loads((folder / "manifest.json").read_text())
+    change(content)
+    (folder / "manifest.json").write_text(json.dumps(content))
+    return the_run(folder)
+
+
+def test_codebook_is_shown_over_the_float_weights(run_folder):
+    view = RunWeights(run_folder, "demo").view(LAYER)
+    assert view.is_original
+    assert view.weights.shape == (192,)
+    torch.testing.assert_close(view.levels, view.grid, rtol=1e-3, atol=1e-3)  # the checkpoint is rounded to nearest
+    distance = (view.weights[:, None] - view.levels).abs().amin(1)
+    assert distance.max() <= 0.51 * view.levels.diff().max()
+
+
+def test_without_the_float_model_the_dequantized_weights_are_shown_and_named_so(run_folder):
+    assert set(RunWeights(run_folder, "somebody/else").view(LAYER).weights.tolist()) == set(
+        RunWeights(run_folder, "somebody/else").view(LAYER).levels.tolist()
+    )
+    run = edit(run_folder, lambda content: content["model"].update(path="somebody/else"))
+    content = codebooks(run, "").content
+    assert "192 dequantized weights" in content
+    assert "not on this machine" in content
+
+
+def test_weights_of_another_model_are_not_taken_for_the_original(run_folder, tmp_path):
+    source = tmp_path / "other"
+    shutil.copytree(resolve_model("demo"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"{LAYER}.weight"] = tensors[f"{LAYER}.weight"].flip(0).clone()
+    save_file(tensors, source / "model.safetensors")
+    assert not RunWeights(run_folder, str(source)).view(LAYER).is_original
+
+
+def test_run_without_its_checkpoint_says_so(run_folder):
+    shutil.rmtree(run_folder / "model")
+    assert "They cannot be shown" in codebooks(the_run(run_folder), "").content
+
+
+def test_checkpoint_of_other_layers_says_so(run_folder):
+    def rename(content):
+        for layer in content["layers"]:
+            layer["name"] = f"other.{layer['name']}"
+
+    assert "holds none of them" in codebooks(edit(run_folder, rename), "").content
+
+
+def test_damaged_layer_is_reported_not_shown(run_folder):
+    shard = next((run_folder / "model").glob("*part-2*"))
+    shard.write_bytes(shard.read_bytes()[:-4])
+    assert "They cannot be shown" in codebooks(the_run(run_folder), "").content
+
+
+def test_heat_map_shows_the_worst_expert_and_layers_outside_blocks(run_folder):
+    def add_experts(content):
+        template = content["layers"][0]
+        content["layers"] = [
+            {**template, "name": "lm_head"},
+            {**template, "name": "model.layers.3.mlp.experts.0.up_proj", "relative_loss": 0.02},
+            {**template, "name": "model.layers.3.mlp.experts.1.up_proj", "relative_loss": 0.03},
+            {**template, "name": "model.layers.3.mlp.experts.2.up_proj", "relative_loss": 0.01},
+        ]
+
+    cells = grid(edit(run_folder, add_experts).layers)
+    assert {place: layer.name for place, layer in cells.items()} == {
+        ("–", "lm_head"): "lm_head",
+        ("3", "mlp.experts.*.up_proj"): "model.layers.3.mlp.experts.1.up_proj",
+    }
+
+
+def test_coverage_of_experts_lists_the_least_covered(run_folder):
+    assert experts(the_run(run_folder), "") is None
+
+    def add_experts(content):
+        template = content["layers"][0]
+        names = [f"model.layers.{block}.mlp.experts.{expert}.up_proj" for block in (0, 1) for expert in range(8)]
+        content["layers"] = [{**template, "name": name, "num_tokens": 7 * i} for i, name in enumerate(names)]
+
+    part = experts(edit(run_folder, add_experts), "")
+    assert "From 0 to 105 tokens per expert in 2 blocks; 192 inputs." in part.content
+    assert part.content.index("experts.<wbr>0.") < part.content.index("experts.<wbr>1.")
+
+
+def test_convergence_is_drawn_for_methods_that_report_it(run_folder):
+    assert convergence(the_run(run_folder), "") is None
+
+    def add_losses(content):
+        for layer in content["layers"]:
+            layer["diagnostics"] = {f"loss_{iteration}": 8 / (1 + iteration) for iteration in range(12)}
+
+    part = convergence(edit(run_folder, add_losses), "")
+    assert "6 layers end at 0.083 to 0.083 of their first loss." in part.content
+
+
+def test_budget_and_measured_peak_stand_beside_the_expected_parts(run_folder):
+    content = resources(the_run(run_folder), "").content
+    assert "Expected peak 700 MB; measured while quantizing 650 MB; budget 900 MB; whole run 812 MB." in content
+    assert "runtime 500 MB; weights 200 MB; measured while quantizing 650 MB; budget 900 MB." in content
+    run = edit(run_folder, lambda content: content["memory"].update(budget_bytes=None))
+    assert "budget" not in resources(run, "").content
+
+
+def test_time_that_the_engine_does_not_account_for_is_shown(run_folder):
+    assert (
+        "quantize: forward 5.0 s; quantize: solve 6.5 s; quantize: other 0.5 s"
+        in resources(the_run(run_folder), "").content
+    )
+
+
+@pytest.fixture
+def tables(tmp_path):
+    path = tmp_path / "published.yaml"
+    path.write_text(TABLES)
+    return read_published(path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "found"),
+    [
+        ("ganq_w4", "opt-125m", [28.58]),
+        ("ganq_w4_opt", "facebook/opt-125m", [28.58]),
+        ("ganq_w4_llama", "llama-7b", [5.83]),
+        ("ganq_w3", "llama-7b", []),
+        ("models", "llama-7b", []),
+        ("float", "llama-7b", []),
+        ("ganq_w4", "demo", []),
+    ],
+)
+def test_published_figures_are_found_by_recipe_and_model(tables, recipe, model, found):
+    assert [figure.quantized for figure in find_published(recipe, model, tables)] == found
+
+
+def test_tables_that_quantlab_comes_with_name_the_recipe_and_the_model():
+    figures = list(find_published("ganq_w4_opt", "opt-125m", read_published()))
+    assert ("wikitext2", 2048, 28.58, 27.66) in [
+        (figure.protocol, figure.sequence_length, figure.quantized, figure.reference) for figure in figures
+    ]
+
+
+def test_missing_tables_are_no_error(tmp_path):
+    assert read_published(tmp_path / "published.yaml") == []
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe"),
+    [
+        ("quantlab run recipes/paper/ganq_w4_opt.yaml --model opt-125m", "ganq_w4_opt"),
+        ("quantlab run paper/ganq_w4_opt --set seed=1", "ganq_w4_opt"),
+        ("quantlab run ganq_w4", ""),  # ours, not the one of a paper
+        ("quantlab run 'unbalanced", ""),
+        ("rm -rf /", ""),
+        ("quantlab run", ""),
+    ],
+)
+def test_recipe_is_read_from_the_command(run_folder, command, recipe):
+    assert recipe_of(edit(run_folder, lambda content: content.update(command=command))) == recipe
+
+
+def test_our_figures_stand_beside_the_published_ones(run_folder, tables, monkeypatch):
+    monkeypatch.setattr("quantlab.report.html.published.read_published", lambda: tables)
+    assert published([the_run(run_folder)]) is None
+    scores = json.loads((run_folder / "eval.json").read_text())["perplexity"]["stdlib"]
+    values = {**scores, "quantized": 28.7, "float": 27.65, "sequence_length": 2048}
+    (run_folder / "eval.json").write_text(json.dumps({"perplexity": {"wikitext2": values}}))
+    edit(run_folder, lambda content: content.update(command="quantlab run paper/ganq_w4_opt"))
+    run = edit(run_folder, lambda content: content["model"].update(path="opt-125m"))
+    content = published([run]).content
+    for expected in ("28.70", "28.58", "+0.12", "27.65", "27.66", "A paper, Table 2", "4 windows"):
+        assert expected in content
+    (run_folder / "eval.json").write_text(json.dumps({"perplexity": {"wikitext2": {**values, "sequence_length": 512}}}))
+    assert published([the_run(run_folder)]) is None  # other windows are another figure

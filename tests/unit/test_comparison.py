@@ -1,0 +1,98 @@
+import csv
+import io
+import math
+
+import pytest
+
+from quantlab.report.comparison import (
+    ComparisonRow,
+    Value,
+    best_row,
+    caption,
+    comparison_row,
+    csv_table,
+    json_rows,
+    mark_budgets,
+    markdown_table,
+    table_rows,
+)
+from quantlab.report.record import RunRecord
+
+
+def record(perplexity=9.0, kl=0.1, bits_per_weight=4.0, fallbacks=()):
+    return RunRecord(
+        manifest={
+            "bits_per_weight": bits_per_weight,
+            "checkpoint_bytes": 1000,
+            "stages_s": {"quantize": 2.0},
+            "memory": {"quantize_peak_rss_bytes": 5000},
+            "fallbacks": list(fallbacks),
+        },
+        perplexity={"stdlib": {"float": 8.0, "quantized": perplexity, "kl": kl, "kl_standard_error": 0.01}},
+    )
+
+
+def row(variant="a", bits=4, kl=0.1, error=0.001, bits_per_weight=4.0, seeds=1):
+    return ComparisonRow(
+        variant=variant,
+        bits=bits,
+        seeds=seeds,
+        bits_per_weight=bits_per_weight,
+        quantize_s=1.0,
+        perplexity={"t": Value(mean=9.0, standard_error=math.nan)},
+        float_perplexity={"t": 8.0},
+        kl={"t": Value(mean=kl, standard_error=error)},
+    )
+
+
+def test_seeds_become_a_mean_and_its_standard_error():
+    result = comparison_row("ganq", 4, [record(9.0, 0.1), record(9.2, 0.2), record(9.4, 0.3)], None)
+    assert (result.seeds, result.variant, result.bits) == (3, "ganq", 4)
+    assert result.perplexity["stdlib"].mean == pytest.approx(9.2)
+    assert result.perplexity["stdlib"].standard_error == pytest.approx(0.2 / math.sqrt(3))
+    assert result.kl["stdlib"].standard_error == pytest.approx(0.1 / math.sqrt(3))
+
+
+def test_one_seed_has_an_error_of_the_divergence_only():
+    result = comparison_row("ganq", 4, [record()], None)
+    assert math.isnan(result.perplexity["stdlib"].standard_error)
+    assert result.kl["stdlib"].standard_error == 0.01
+
+
+def test_the_best_is_marked_only_beyond_the_noise():
+    def kl(other):
+        return other.kl["t"]
+
+    clear, close = [row(kl=0.1), row(kl=0.2)], [row(kl=0.1, error=0.05), row(kl=0.2, error=0.05)]
+    assert best_row(clear, kl) is clear[0]
+    assert best_row(close, kl) is None
+    assert best_row(clear, lambda other: other.perplexity["t"]) is None  # its noise is not known
+    assert best_row(clear[:1], kl) is None
+
+
+def test_widths_are_judged_by_themselves():
+    rows = [row("a", 4, 0.1), row("b", 4, 0.2), row("a", 3, 0.5), row("b", 3, 0.3)]
+    marked = [line[0] + line[1] for line in table_rows(rows)[1:] if any(cell.endswith("*") for cell in line)]
+    assert marked == ["a4", "b3"]
+
+
+def test_methods_above_the_budget_are_marked():
+    rows = mark_budgets([row("lean"), row("fat", bits_per_weight=4.3), row("other", 3, bits_per_weight=9.0)])
+    assert [line.over_budget for line in rows] == [False, True, False]
+    assert "+ stores over 5% more" in caption(rows)
+    assert "4.300 +" in markdown_table(rows)
+
+
+def test_a_failed_method_is_a_row_with_its_reason():
+    failed = comparison_row("gptq", 4, [], "the Hessian | is singular")
+    lines = markdown_table([row(), failed])
+    assert "the Hessian \\| is singular" in lines
+    assert csv_table([row(), failed]).count("singular") == 1
+
+
+def test_csv_and_json_hold_the_same_values():
+    rows = [comparison_row("ganq", 4, [record()], None)]
+    line = next(csv.DictReader(io.StringIO(csv_table(rows))))
+    plain = json_rows(rows)[0]
+    assert float(line["kl stdlib"]) == plain["kl"]["stdlib"]["mean"] == 0.1
+    assert plain["perplexity"]["stdlib"]["standard_error"] is None
