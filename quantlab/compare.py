@@ -4,19 +4,24 @@ A comparison is a folder with one run folder per cell: a method variant, a code 
 never computed again, an unfinished one is continued, and one that failed is a row with its reason.
 """
 
+import hashlib
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from quantlab.checkpoint.atomic import replacing
 from quantlab.errors import QuantlabError, ResumableError, UsageError
-from quantlab.evaluate.perplexity import Forward, in_memory
+from quantlab.evaluate.perplexity import in_memory
 from quantlab.memory import reset_peak_rss
 from quantlab.models import resolve_model
 from quantlab.pipeline import execute
@@ -37,6 +42,7 @@ from quantlab.skeleton import load_model, read_config
 
 CELLS = "cells"
 FAILURE_SUFFIX = ".failed.json"
+REFERENCE = "reference"
 REFERENCE_BYTES = 1 << 30
 """Logits of the float model are kept up to this size, so that it runs once and not once per cell."""
 
@@ -230,13 +236,15 @@ def run_cells(
         return
     recipe = pending[0].assignment.loaded.recipe
     model_folder = resolve_model(recipe.model.path)
-    reference = _reference(model_folder, recipe)
+    work = pending[0].folder.parent / REFERENCE
+    reference = _Reference(model_folder, recipe, work)
     for position, cell in enumerate(cells):
         if cell.finished:
             continue
         announce(cell, position)
         cell.failure_file.unlink(missing_ok=True)
         command = shlex.join(["quantlab", "run", str(cell.assignment.loaded.path)])
+        reference.forget_model()
         reset_peak_rss()
         try:
             execute(cell.assignment, model_folder, cell.folder, progress, command, stop, reference)
@@ -245,23 +253,37 @@ def run_cells(
         except QuantlabError as error:
             with replacing(cell.failure_file) as temporary:
                 temporary.write_text(json.dumps({"reason": str(error)}) + "\n", encoding="utf-8")
+    shutil.rmtree(work)
 
 
-def _reference(model_folder: Path, recipe: Recipe) -> Forward:
-    """The logits of the float model: loaded with the first question, and remembered as far as memory is set aside."""
-    dtype = compute_dtype(recipe, read_config(model_folder))
-    loaded: list[Forward] = []
-    remembered: dict[bytes, Tensor] = {}
+class _Reference:
+    """The logits of the float model, computed once for all cells.
 
-    def forward(index: int, ids: Tensor) -> Tensor:
-        key = ids.numpy().tobytes()
-        if key in remembered:
-            return remembered[key]
-        if not loaded:
-            loaded.append(in_memory(load_model(model_folder, dtype)))
-        logits = loaded[0](index, ids)
-        if sum(known.nbytes for known in remembered.values()) + logits.nbytes <= REFERENCE_BYTES:
-            remembered[key] = logits
+    They are kept in files, as far as that is affordable: in memory they would count as memory of the cells.
+    """
+
+    def __init__(self, model_folder: Path, recipe: Recipe, folder: Path) -> None:
+        self._model_folder = model_folder
+        self._dtype = compute_dtype(recipe, read_config(model_folder))
+        self._folder = folder
+        self._bytes = 0
+        folder.mkdir(exist_ok=True)
+
+    def __call__(self, index: int, ids: Tensor) -> Tensor:
+        path = self._folder / f"{hashlib.sha256(ids.numpy().tobytes()).hexdigest()}.safetensors"
+        if path.is_file():
+            return load_file(path)["logits"]
+        logits = in_memory(self._model)(index, ids)
+        self._bytes += logits.nbytes
+        if self._bytes <= REFERENCE_BYTES:
+            with replacing(path) as temporary:
+                save_file({"logits": logits.contiguous()}, temporary)
         return logits
 
-    return forward
+    def forget_model(self) -> None:
+        """Give the memory of the float model back until it is asked again."""
+        self.__dict__.pop("_model", None)
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        return load_model(self._model_folder, self._dtype)

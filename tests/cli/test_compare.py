@@ -1,4 +1,8 @@
 import json
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +74,31 @@ def test_a_stopped_comparison_goes_on_where_it_was(compare, executed, monkeypatc
         assert compare("rtn", "kmeans", "-q") == 75
     assert compare("rtn", "kmeans", "-q") == 0
     assert executed == ["rtn-w4-s0", "stopped", "kmeans-w4-s0"]
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on_and_ends_the_same(compare, executed, tmp_path):
+    assert compare("rtn", "kmeans", "gptq", "-q") == 0
+    undisturbed = [(line["variant"], line["perplexity"], line["kl"]) for line in rows(tmp_path)]
+    hashes = {path.parent.name: file_hashes(path) for path in (tmp_path / "out/cells").glob("*/manifest.json")}
+    shutil.rmtree(tmp_path / "out")
+    command = [sys.executable, "-m", "quantlab", "compare", "rtn", "kmeans", "gptq", *SMALL, "-q"]
+    with subprocess.Popen([*command, "--output-dir", str(tmp_path / "out")]) as process:
+        while not list((tmp_path / "out").glob("cells/*/manifest.json")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    executed.clear()
+    assert compare("rtn", "kmeans", "gptq", "-q") == 0
+    assert "rtn-w4-s0" not in executed
+    assert [(line["variant"], line["perplexity"], line["kl"]) for line in rows(tmp_path)] == undisturbed
+    again = {path.parent.name: file_hashes(path) for path in (tmp_path / "out/cells").glob("*/manifest.json")}
+    assert again == hashes
+    assert not (tmp_path / "out/cells/reference").exists()
+
+
+def file_hashes(manifest):
+    return json.loads(manifest.read_text())["files"]
 
 
 def test_a_failed_cell_is_a_row_with_its_reason_and_is_tried_again(compare, monkeypatch, tmp_path, capsys):
