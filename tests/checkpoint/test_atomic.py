@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,27 +23,32 @@ NO_MODULES = QuantizationConfig(
 )
 
 
-@pytest.fixture
-def disk_of():
-    """Lets this process write files of at most so many bytes: the kernel refuses the rest, as a full disk does."""
+@contextmanager
+def disk_of(size):
+    """Inside, this process can write files of at most so many bytes: the kernel refuses the rest, as a full disk does.
+
+    No longer than necessary: pytest's own output may go to a file, too.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_a_typed_error_and_leaves_no_debris(tmp_path, disk_of):
+def test_a_full_disk_is_a_typed_error_and_leaves_no_debris(tmp_path):
     writer = CheckpointWriter(tmp_path / "model")
     writer.add_shard("small", {"a": torch.zeros(1)})
-    disk_of(4096)
-    with pytest.raises(ResumableError, match=r"cannot write .*quantlab-large\.safetensors: .*free some space"):
+    message = r"cannot write .*quantlab-large\.safetensors: .*free some space"
+    with disk_of(4096), pytest.raises(ResumableError, match=message):
         writer.add_shard("large", {"b": torch.zeros(1 << 16)})
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["quantlab-small.safetensors"]
 
 
-def test_a_full_disk_during_export_leaves_nothing(saved, tmp_path, disk_of):
+def test_a_full_disk_during_export_leaves_nothing(saved, tmp_path):
     folder = saved("llama").folder
-    disk_of(2048)
-    with pytest.raises(ResumableError, match="cannot write"):
+    with disk_of(2048), pytest.raises(ResumableError, match="cannot write"):
         export(folder, "dequantized", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
