@@ -27,7 +27,11 @@ from quantlab.cli.options import Session, common_options, examples, json_option,
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: as stored]")
 @click.option("--device", default="cpu", show_default=True, help="Such as cpu or cuda:0.")
 @click.option("--kernels", is_flag=True, help="Instead, measure the product of one layer of every shape, beside dense.")
-@click.option("--output", type=click.Path(path_type=Path), help="Write the results as JSON to this file.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Write the results as JSON to this file.  [default: profile.json in the folder of a run, without --kernels]",
+)
 @json_option
 @common_options
 @click.pass_obj
@@ -46,11 +50,13 @@ def profile(
 ) -> None:
     """Generate from MODEL greedily, one sequence token by token, in turns with the float model.
 
-    MODEL is the folder of a run or of a checkpoint, or any float model. Ratios are taken turn by turn.
+    MODEL is the folder of a run or of a checkpoint, or any float model. Ratios are taken turn by turn. The folder of a
+    run keeps the results as profile.json, which `quantlab report` reads.
     """
+    from quantlab.checkpoint.atomic import replacing
     from quantlab.cli.progress import choose_progress
     from quantlab.evaluate.kernels import KernelOptions, profile_kernels
-    from quantlab.evaluate.profile import ProfileOptions, profile_subjects
+    from quantlab.evaluate.profile import PROFILE_FILE, ProfileOptions, profile_subjects
     from quantlab.evaluate.subject import find_subject
 
     subject = find_subject(model)
@@ -62,14 +68,17 @@ def profile(
             subjects = [*([find_subject(reference)] if reference else []), subject]
             options = ProfileOptions(prompt=prompt, new_tokens=new_tokens, repeats=repeats, dtype=dtype, device=device)
             results = profile_subjects(subjects, options, progress)
-    if output is not None:
-        output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if output is None and subject.source is not None and not kernels:
+        output = subject.folder.parent / PROFILE_FILE
     if as_json:
         click.echo(json.dumps(results, indent=2))
     elif kernels:
         _print_kernels(results)
     else:
         _print_generation(results)
+    if output is not None:  # after the results are shown, which are not lost if they cannot be written
+        with replacing(output) as temporary:
+            temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def _print_generation(results: dict[str, Any]) -> None:
@@ -98,6 +107,10 @@ def _print_generation(results: dict[str, Any]) -> None:
     console.print(
         f"peak memory of the process: {format_bytes(results['peak_rss_bytes'])}; {results['threads']} threads"
     )
+    for name, values in results["models"].items():
+        if "cuda_s" in values:
+            peak = format_bytes(values["device_peak_bytes"])
+            console.print(f"{name}: {values['cuda_s']:.2f} s in kernels of one generation, peak memory {peak}")
     for name, values in results["models"].items():
         console.print(f"\n[bold]{name}[/bold]")
         console.print(values["text"], markup=False, highlight=False)

@@ -1,12 +1,14 @@
 """Generation as a user feels it: one sequence, token by token, beside the float model in the same run.
 
 The models take turns, so that what disturbs the machine disturbs both, and ratios are taken turn by turn. Times are
-wall times on a CPU, and on a CUDA device times between events of its stream.
+wall times on a CPU, and on a CUDA device times between events of its stream. There each model takes one more turn at
+the end, under the torch profiler, for the time of the kernels alone and the peak memory: the figures of GANQ's Table 5
+(arXiv:2501.12956). What is for a CUDA device is not yet run on a GPU.
 """
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantlab.calibration.tokens import load_tokenizer
-from quantlab.evaluate.clock import Clock
+from quantlab.evaluate.clock import Clock, KernelClock
 from quantlab.evaluate.subject import Subject
 from quantlab.memory import peak_rss_bytes
 from quantlab.progress import Progress
+
+PROFILE_FILE = "profile.json"
+"""Of a run folder: what `profile_subjects` returns for the run beside the float model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +76,10 @@ def profile_subjects(subjects: Sequence[Subject], options: ProfileOptions, progr
     Returns:
         "models" by name: "prefill_tokens_per_s" and "tokens_per_s" (medians over the turns), "ms_per_token"
         (percentiles 50, 90 and 99), "speedup" against the first model with its "speedup_range" over the turns,
-        "weight_bytes" (tensors of the model), "bytes_on_disk", "load_s", "device_peak_bytes" (CUDA only) and the
-        generated "text"; beside them "peak_rss_bytes" of the process with all models, "threads", "device" and "torch".
+        "weight_bytes" (tensors of the model), "bytes_on_disk", "load_s", the generated "text", and on a CUDA device
+        "cuda_s" (kernels of one generation, prefill included) and "device_peak_bytes" (without the other models);
+        beside them "new_tokens", "peak_rss_bytes" of the process with all models, "threads", "device", on a CUDA
+        device its "device_name", and "torch".
 
     Raises:
         QuantlabError: a model cannot be loaded.
@@ -93,11 +100,14 @@ def profile_subjects(subjects: Sequence[Subject], options: ProfileOptions, progr
     for name, values in _take_turns(models, prompt, options, progress).items():
         text = str(tokenizer.decode(values.pop("ids")))
         results[name] |= {**values, "text": options.prompt + text}
+    is_cuda = torch.device(options.device).type == "cuda"
     return {
         "models": results,
+        "new_tokens": options.new_tokens,
         "peak_rss_bytes": peak_rss_bytes(),
         "threads": torch.get_num_threads(),
         "device": options.device,
+        **({"device_name": torch.cuda.get_device_name(options.device)} if is_cuda else {}),
         "torch": torch.__version__,
     }
 
@@ -106,19 +116,22 @@ def _take_turns(
     models: Mapping[str, PreTrainedModel], prompt: Tensor, options: ProfileOptions, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     turns: dict[str, list[Turn]] = {name: [] for name in models}
-    peaks: dict[str, int | None] = {}
-    progress.begin("generating", len(models) * (options.repeats + 1), "turns")
+    on_device = {name: model for name, model in models.items() if model.device.type == "cuda"}
+    occupied: dict[str, int] = {}
+    progress.begin("generating", len(models) * (options.repeats + 1) + len(on_device), "turns")
     for name, model in models.items():
-        peaks[name] = _warm_up(model, prompt)
+        occupied[name] = _warm_up(model, prompt)
         progress.advance()
     for _ in range(options.repeats):
         for name, model in models.items():
             turns[name].append(_generate(model, prompt, options.new_tokens))
             progress.advance(detail=f"{name}: {turns[name][-1].tokens_per_s:.1f} tokens/s")
     baseline = turns[next(iter(models))]
-    return {
-        name: {**_summarize(turns[name], baseline, len(prompt)), "device_peak_bytes": peaks[name]} for name in models
-    }
+    results = {name: _summarize(turns[name], baseline, len(prompt)) for name in models}
+    for name, model in on_device.items():
+        results[name] |= _profile_kernels(model, prompt, options.new_tokens, occupied[name])
+        progress.advance()
+    return results
 
 
 def _summarize(turns: Sequence[Turn], baseline: Sequence[Turn], prompt_tokens: int) -> dict[str, Any]:
@@ -144,25 +157,47 @@ def _weight_bytes(model: PreTrainedModel) -> int:
     return sum(tensors.values())
 
 
-def _warm_up(model: PreTrainedModel, prompt: Tensor) -> int | None:
-    """Let the model allocate and prepare what it needs; returns the peak of its device's memory, if it has one."""
-    device = model.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def _warm_up(model: PreTrainedModel, prompt: Tensor) -> int:
+    """Let the model prepare what it keeps; returns the bytes of its tensors and of what it prepared by CUDA."""
+    weights, before = _weight_bytes(model), _cuda_bytes(model.device)
     _generate(model, prompt, 4)
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return weights + _cuda_bytes(model.device) - before
 
 
-@torch.inference_mode()
+def _cuda_bytes(device: torch.device) -> int:
+    """Bytes of all tensors on a CUDA device; 0 for any other."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _profile_kernels(model: PreTrainedModel, prompt: Tensor, new_tokens: int, occupied_bytes: int) -> dict[str, Any]:
+    """One generation under the torch profiler; `occupied_bytes` of the CUDA memory are the model's before it."""
+    others = _cuda_bytes(model.device) - occupied_bytes
+    torch.cuda.reset_peak_memory_stats(model.device)
+    ids = prompt[None].to(model.device)
+    with KernelClock() as clock:
+        _decode(model, ids, new_tokens, clock.tick)
+    return {
+        "cuda_s": clock.total_s,
+        "device_peak_bytes": torch.cuda.max_memory_allocated(model.device) - others,
+    }
+
+
 def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Turn:
     ids = prompt[None].to(model.device)
     clock = Clock(model.device)
+    generated = _decode(model, ids, new_tokens, clock.tick)
+    prefill, *tokens = clock.intervals_s()
+    return Turn(prefill_s=prefill, token_s=tokens, ids=generated.cpu())
+
+
+@torch.inference_mode()
+def _decode(model: PreTrainedModel, ids: Tensor, new_tokens: int, tick: Callable[[], None]) -> Tensor:
+    """The tokens that follow `ids` (1, tokens), (new_tokens,); `tick` is called after each."""
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     chosen = [output.logits[:, -1:].argmax(dim=-1)]
-    clock.tick()
+    tick()
     for _ in range(new_tokens - 1):
         output = model(input_ids=chosen[-1], past_key_values=output.past_key_values, use_cache=True)
         chosen.append(output.logits[:, -1:].argmax(dim=-1))
-        clock.tick()
-    prefill, *tokens = clock.intervals_s()
-    return Turn(prefill_s=prefill, token_s=tokens, ids=torch.cat(chosen, dim=1)[0].cpu())
+        tick()
+    return torch.cat(chosen, dim=1)[0]

@@ -67,11 +67,38 @@ def test_profile_takes_turns_with_the_float_model(run_folder, capsys):
     assert quantized["text"].startswith("import os\n")
     low, high = quantized["speedup_range"]
     assert low <= quantized["speedup"] <= high
+    assert "cuda_s" not in quantized
+    assert json.loads((run_folder / "profile.json").read_text()) == results
+    assert (results["device"], results["new_tokens"]) == ("cpu", 4)
+
+
+def test_profile_of_a_checkpoint_or_to_another_file_leaves_nothing_in_the_folder(run_folder, tmp_path):
+    (run_folder / "profile.json").unlink(missing_ok=True)
+    command = ["--new-tokens", "2", "--repeats", "1", "-q"]
+    assert invoke(["profile", str(run_folder / "model"), *command]) == 0
+    assert invoke(["profile", str(run_folder), *command, "--output", str(tmp_path / "mine.json")]) == 0
+    assert list(json.loads((tmp_path / "mine.json").read_text())["models"]) == ["demo", str(run_folder)]
+    assert not list(run_folder.rglob("*profile.json*"))
 
 
 def test_profile_prints_a_table_and_both_texts(run_folder, capsys):
     assert invoke(["profile", str(run_folder), "--new-tokens", "3", "--repeats", "1", "-q"]) == 0
     assert capsys.readouterr().out.count("import os") == 2
+
+
+def test_profile_prints_the_time_of_kernels_on_a_device(run_folder, capsys, monkeypatch):
+    import quantlab.evaluate.profile as module
+
+    profile_subjects = module.profile_subjects
+
+    def with_kernels(*arguments):
+        results = profile_subjects(*arguments)
+        results["models"]["demo"] |= {"cuda_s": 1.234, "device_peak_bytes": 5_000_000}
+        return results
+
+    monkeypatch.setattr(module, "profile_subjects", with_kernels)
+    assert invoke(["profile", str(run_folder), "--new-tokens", "2", "--repeats", "1", "-q"]) == 0
+    assert "demo: 1.23 s in kernels of one generation, peak memory 5 MB" in capsys.readouterr().out
 
 
 def test_an_unknown_model_is_one_clear_error(capsys):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantlab.errors import UsageError
 from quantlab.models import resolve_model
 from quantlab.report.html.codebooks import codebooks
 from quantlab.report.html.convergence import convergence
@@ -28,7 +29,13 @@ TABLES = """
   metric: accuracy
   tasks: [rte]
   models: [llama-7b]
+  float: [[65.70]]
   ganq_w4: [[63.18]]
+- paper: A paper, Table 5
+  metric: generation
+  models: [llama-7b]
+  float: [{cuda_s: 17.86, peak_gb: 13.06}]
+  ganq_w4: [{cuda_s: 8.46, peak_gb: 4.14}]
 """
 
 
@@ -159,7 +166,7 @@ def tables(tmp_path):
     [
         ("ganq_w4", "opt-125m", [28.58]),
         ("ganq_w4_opt", "facebook/opt-125m", [28.58]),
-        ("ganq_w4_llama", "llama-7b", [5.83]),
+        ("ganq_w4_llama", "llama-7b", [5.83, 63.18, 8.46, 4.14]),
         ("ganq_w3", "llama-7b", []),
         ("models", "llama-7b", []),
         ("float", "llama-7b", []),
@@ -173,8 +180,25 @@ def test_published_figures_are_found_by_recipe_and_model(tables, recipe, model, 
 def test_tables_that_quantlab_comes_with_name_the_recipe_and_the_model():
     figures = list(find_published("ganq_w4_opt", "opt-125m", read_published()))
     assert ("wikitext2", 2048, 28.58, 27.66) in [
-        (figure.protocol, figure.sequence_length, figure.quantized, figure.reference) for figure in figures
+        (figure.name, figure.sequence_length, figure.quantized, figure.reference) for figure in figures
     ]
+
+
+def test_every_figure_that_quantlab_comes_with_has_that_of_the_float_model_beside_it():
+    figures = list(find_published("ganq_w4_llama", "llama-2-7b", read_published()))
+    assert [(figure.name, figure.quantized, figure.reference) for figure in figures if figure.metric == "accuracy"] == [
+        ("hellaswag", 56.10, 57.12),
+        ("boolq", 77.31, 77.68),
+        ("rte", 65.70, 63.18),
+        ("winogrande", 68.75, 69.06),
+        ("arc_easy", 74.96, 76.35),
+        ("arc_challenge", 42.58, 43.43),
+    ]
+    figures = find_published("ganq_w3_opt", "opt-6.7b", read_published())
+    assert {(f.name, f.quantized, f.reference) for f in figures if f.metric == "generation"} == {
+        ("cuda_s", 6.51, 16.76),
+        ("peak_gb", 4.10, 12.91),
+    }
 
 
 def test_missing_tables_are_no_error(tmp_path):
@@ -209,3 +233,80 @@ def test_our_figures_stand_beside_the_published_ones(run_folder, tables, monkeyp
         assert expected in content
     (run_folder / "eval.json").write_text(json.dumps({"perplexity": {"wikitext2": {**values, "sequence_length": 512}}}))
     assert published([the_run(run_folder)]) is None  # other windows are another figure
+
+
+@pytest.fixture
+def paper_run(run_folder, tables, monkeypatch):
+    """The folder of a run of a paper's recipe without any evaluation."""
+    monkeypatch.setattr("quantlab.report.html.published.read_published", lambda: tables)
+    (run_folder / "eval.json").write_text(json.dumps({"perplexity": {}}))
+    edit(run_folder, lambda content: content.update(command="quantlab run paper/ganq_w4_llama"))
+    edit(run_folder, lambda content: content["model"].update(path="llama-7b"))
+    return run_folder
+
+
+def write_task(folder, **changes):
+    measured = {"float": {"acc": {"value": 0.6606}}, "quantized": {"acc": {"value": 0.6282}}}
+    task = {"samples": 277, "num_fewshot": 0, **measured, **changes}
+    (folder / "eval.json").write_text(json.dumps({"perplexity": {}, "tasks": {"rte": task}}))
+
+
+def test_our_accuracies_stand_beside_the_published_ones_in_percent(paper_run):
+    assert published([the_run(paper_run)]) is None
+    write_task(paper_run)
+    content = published([the_run(paper_run)]).content
+    for expected in ("62.82", "63.18", "-0.36", "66.06", "65.7<", "rte", "277 questions", "A paper, Table 3"):
+        assert expected in content
+    assert "Perplexity" not in content
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_fewshot": 5},
+        {"float": {"exact_match": {"value": 0.5}}, "quantized": {"exact_match": {"value": 0.5}}},
+    ],
+    ids=["few-shot", "another-metric"],
+)
+def test_another_kind_of_accuracy_is_not_compared(paper_run, changes):
+    write_task(paper_run, **changes)
+    assert published([the_run(paper_run)]) is None
+
+
+def write_profile(folder, **changes):
+    models = {
+        "llama-7b": {"cuda_s": 9.9, "device_peak_bytes": 13 << 30},
+        "runs/mine": {"cuda_s": 3.3, "device_peak_bytes": 5 << 30},
+    }
+    profile = {"models": models, "new_tokens": 1024, "device": "cuda:0", "device_name": "A device", **changes}
+    (folder / "profile.json").write_text(json.dumps(profile))
+
+
+def test_our_generation_stands_beside_the_published_one(paper_run):
+    write_profile(paper_run)
+    content = published([the_run(paper_run)]).content
+    for expected in ("cuda_s", "3.30", "8.46", "-5.16", "9.90", "17.86", "A device", "A paper, Table 5"):
+        assert expected in content
+    for expected in ("peak_gb", "5.00", "4.14", "+0.86", "13.00", "13.06"):
+        assert expected in content
+
+
+def test_a_profile_beside_another_model_has_no_float_figure_of_ours(paper_run):
+    models = {"gptq": {"cuda_s": 7.77, "device_peak_bytes": 1}, "mine": {"cuda_s": 3.3, "device_peak_bytes": 1}}
+    write_profile(paper_run, models=models)
+    content = published([the_run(paper_run)]).content
+    assert "3.30" in content
+    assert "7.77" not in content
+
+
+@pytest.mark.parametrize("changes", [{"device": "cpu"}, {"new_tokens": 64}], ids=["cpu", "fewer-tokens"])
+def test_another_kind_of_generation_is_not_compared(paper_run, changes):
+    write_profile(paper_run, **changes)
+    assert published([the_run(paper_run)]) is None
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"device": "cuda", "new_tokens": 1024, "models": {}}'])
+def test_a_damaged_profile_is_one_clear_error(paper_run, content):
+    (paper_run / "profile.json").write_text(content)
+    with pytest.raises(UsageError, match=r"cannot read .*profile\.json: .*`quantlab profile .*` writes it anew"):
+        published([the_run(paper_run)])

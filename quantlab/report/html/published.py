@@ -1,13 +1,17 @@
 """Our figures beside those of the papers, for recipes and models that a paper has figures for."""
 
+import json
+import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from quantlab.errors import UsageError
+from quantlab.evaluate.profile import PROFILE_FILE
 from quantlab.models import ALIASES
 from quantlab.recipe import builtin_recipes
 from quantlab.report.html.markup import join, tag
@@ -22,52 +26,75 @@ FIGURES = Path("paper") / "published.yaml"
 FAMILIES = ("_opt", "_llama")
 """Ends of recipe names that only say which models they are for."""
 
+GENERATED_TOKENS = 1024
+"""That every published figure of a generation is about."""
+
 _NOT_RECIPES = {"paper", "metric", "protocol", "sequence_length", "models", "tasks"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublishedPerplexity:
+class PublishedFigure:
     """One published figure and what it is compared with.
 
     Attributes:
         paper: where it stands.
-        protocol: text and protocol.
-        sequence_length: tokens per window.
+        metric: "perplexity", "accuracy" or "generation".
+        name: of the text and protocol, of the task, or of what was measured of a generation.
+        sequence_length: tokens per window of a perplexity; None for another metric.
         recipe: the recipe's name without a family.
-        quantized: perplexity of the quantized model.
+        quantized: figure of the quantized model.
         reference: that of the float model, if the table has it.
     """
 
     paper: str
-    protocol: str
-    sequence_length: int
+    metric: str
+    name: str
+    sequence_length: int | None
     recipe: str
     quantized: float
     reference: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a run has beside a published figure.
+
+    Attributes:
+        quantized: figure of the quantized model.
+        reference: that of the float model; NaN if it was not measured.
+        note: how it was measured.
+    """
+
+    quantized: float
+    reference: float
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Metric:
+    """A table of the section: what its rows are called, what is to be said, and how to find our figure."""
+
+    caption: str
+    subject: str
+    note: str
+    measure: Callable[[Run, PublishedFigure], Measured | None]
+
+
 def published(runs: Sequence[Run]) -> Part | None:
-    """The runs for which a paper has a perplexity on the same text; None if there is none."""
+    """The runs for which a paper has a figure that they have measured, too; None if there is none."""
     entries = read_published()
-    rows = [row for run in runs for row in _rows(run, entries)]
-    if not rows:
-        return None
-    columns = [
-        Column(title="Run", numeric=False),
-        Column(title="Text", numeric=False),
-        Column(title="Ours"),
-        Column(title="Published"),
-        Column(title="Difference"),
-        Column(title="Float, ours"),
-        Column(title="Float, published"),
-    ]
-    note = tag(
-        "p",
-        "Perplexities of the same recipe, model, text and window length. Where the two float columns differ, so do the "
-        "text, the tokenizer or the weights, and the quantized columns cannot be compared to more digits than that.",
-    )
-    content = join([note, table("Perplexity beside the papers'", columns, rows)])
-    return Part(key="published", title="Beside the published figures", content=content)
+    tables = []
+    for name, metric in _METRICS.items():
+        figures = ((run, figure) for run in runs for figure in find_published(recipe_of(run), run.model, entries))
+        pairs = [
+            (run, figure, ours)
+            for run, figure in figures
+            if figure.metric == name and (ours := metric.measure(run, figure)) is not None
+        ]
+        if pairs:
+            rows = [_row(*pair) for pair in pairs]
+            tables += [tag("p", metric.note), table(metric.caption, _columns(metric.subject), rows)]
+    return Part(key="published", title="Beside the published figures", content=join(tables)) if tables else None
 
 
 def read_published(path: Path | None = None) -> list[dict[str, Any]]:
@@ -81,8 +108,8 @@ def read_published(path: Path | None = None) -> list[dict[str, Any]]:
     return tables
 
 
-def find_published(recipe: str, model: str, tables: Sequence[dict[str, Any]]) -> Iterator[PublishedPerplexity]:
-    """The published perplexities of a recipe on a model.
+def find_published(recipe: str, model: str, tables: Sequence[dict[str, Any]]) -> Iterator[PublishedFigure]:
+    """The published figures of a recipe on a model.
 
     Args:
         recipe: its name; an end that names a family does not count.
@@ -94,17 +121,19 @@ def find_published(recipe: str, model: str, tables: Sequence[dict[str, Any]]) ->
     alias = next((name for name, entry in ALIASES.items() if model in (name, entry.hub_id)), None)
     for entry in tables:
         known = recipe in entry.keys() - _NOT_RECIPES - {"float"}
-        if entry["metric"] != "perplexity" or alias not in entry["models"] or not known:
+        if alias is None or alias not in entry["models"] or not known:
             continue
-        column = entry["models"].index(alias)
-        yield PublishedPerplexity(
-            paper=entry["paper"],
-            protocol=entry["protocol"],
-            sequence_length=entry["sequence_length"],
-            recipe=recipe,
-            quantized=entry[recipe][column],
-            reference=entry["float"][column] if "float" in entry else None,
-        )
+        references = _by_name(entry, "float", alias)
+        for name, quantized in _by_name(entry, recipe, alias).items():
+            yield PublishedFigure(
+                paper=entry["paper"],
+                metric=entry["metric"],
+                name=name,
+                sequence_length=entry.get("sequence_length"),
+                recipe=recipe,
+                quantized=quantized,
+                reference=references.get(name),
+            )
 
 
 def recipe_of(run: Run) -> str:
@@ -118,19 +147,91 @@ def recipe_of(run: Run) -> str:
     return Path(words[2]).stem
 
 
-def _rows(run: Run, tables: Sequence[dict[str, Any]]) -> Iterator[list[Cell]]:
-    for figure in find_published(recipe_of(run), run.model, tables):
-        measured = run.record.perplexity.get(figure.protocol)
-        if measured is None or measured["sequence_length"] != figure.sequence_length:
-            continue
-        ours, reference = (value(run, figure.protocol, name) for name in ("quantized", "float"))
-        difference = ours - figure.quantized
-        yield [
-            Cell(content=run.label, note=f"{run.model}; {figure.paper}"),
-            Cell(content=figure.protocol, note=f"{measured['windows']} windows"),
-            Cell(content=f"{ours:.2f}", value=ours),
-            Cell(content=f"{figure.quantized:g}", value=figure.quantized),
-            Cell(content=f"{difference:+.2f}", value=difference),
-            Cell(content=f"{reference:.2f}", value=reference),
-            NOTHING if figure.reference is None else Cell(content=f"{figure.reference:g}", value=figure.reference),
-        ]
+def _by_name(entry: dict[str, Any], recipe: str, model: str) -> dict[str, float]:
+    """The figures of one recipe on one model of a table by `PublishedFigure.name`; none if it lacks the recipe."""
+    if recipe not in entry:
+        return {}
+    figures = entry[recipe][entry["models"].index(model)]
+    if entry["metric"] == "perplexity":
+        return {entry["protocol"]: figures}
+    return dict(zip(entry["tasks"], figures, strict=True)) if entry["metric"] == "accuracy" else figures
+
+
+def _perplexity(run: Run, figure: PublishedFigure) -> Measured | None:
+    measured = run.record.perplexity.get(figure.name)
+    if measured is None or measured["sequence_length"] != figure.sequence_length:
+        return None
+    quantized, reference = (value(run, figure.name, model) for model in ("quantized", "float"))
+    return Measured(quantized=quantized, reference=reference, note=f"{measured['windows']} windows")
+
+
+def _accuracy(run: Run, figure: PublishedFigure) -> Measured | None:
+    task = run.record.tasks.get(figure.name)
+    if task is None or task.get("num_fewshot") or "acc" not in task["quantized"]:
+        return None
+    quantized, reference = (100 * task[model]["acc"]["value"] for model in ("quantized", "float"))
+    return Measured(quantized=quantized, reference=reference, note=f"{task.get('samples')} questions")
+
+
+def _generation(run: Run, figure: PublishedFigure) -> Measured | None:
+    path = run.folder / PROFILE_FILE
+    try:
+        profile = json.loads(path.read_text(encoding="utf-8"))
+        if not profile["device"].startswith("cuda") or profile["new_tokens"] != GENERATED_TOKENS:
+            return None
+        figures = {name: _of_generation(model, figure.name) for name, model in profile["models"].items()}
+        reference = figures.get(run.model, math.nan)  # of another model, if the user compared with one
+        return Measured(quantized=[*figures.values()][-1], reference=reference, note=str(profile["device_name"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UsageError(f"cannot read {path}: {error}; `quantlab profile {run.folder}` writes it anew") from error
+
+
+def _of_generation(model: dict[str, Any], name: str) -> float:
+    # The papers' GB are 2**30 bytes: 13.06 is LLaMA-7B in 16 bits, 12.55, and the keys and values of 1024 tokens, 0.5.
+    return float(model["cuda_s"] if name == "cuda_s" else model["device_peak_bytes"] / 2**30)
+
+
+_METRICS = {
+    "perplexity": _Metric(
+        caption="Perplexity beside the papers'",
+        subject="Text",
+        note="Perplexities of the same recipe, model, text and window length. Where the two float columns differ, so "
+        "do the text, the tokenizer or the weights, and the quantized columns cannot be compared to more digits than "
+        "that.",
+        measure=_perplexity,
+    ),
+    "accuracy": _Metric(
+        caption="Accuracy beside the papers', in percent",
+        subject="Task",
+        note="Zero-shot accuracies of the same recipe, model and task, not normalized by the length of the answers. "
+        "Fewer questions than the task has, or another version of lm-eval, change the float columns, too.",
+        measure=_accuracy,
+    ),
+    "generation": _Metric(
+        caption="Generation beside the papers'",
+        subject="Measured",
+        note=f"Generation of {GENERATED_TOKENS} tokens, one sequence: seconds of the kernels (cuda_s) and peak memory "
+        "in GiB (peak_gb). Our device is named below what was measured, the paper's below the run.",
+        measure=_generation,
+    ),
+}
+
+
+def _columns(subject: str) -> list[Column]:
+    numbers = ("Ours", "Published", "Difference", "Float, ours", "Float, published")
+    return [*(Column(title=title, numeric=False) for title in ("Run", subject)), *(Column(title=t) for t in numbers)]
+
+
+def _row(run: Run, figure: PublishedFigure, ours: Measured) -> list[Cell]:
+    difference = ours.quantized - figure.quantized
+    return [
+        Cell(content=run.label, note=f"{run.model}; {figure.paper}"),
+        Cell(content=figure.name, note=ours.note),
+        Cell(content=f"{ours.quantized:.2f}", value=ours.quantized),
+        Cell(content=f"{figure.quantized:g}", value=figure.quantized),
+        Cell(content=f"{difference:+.2f}", value=difference),
+        NOTHING if math.isnan(ours.reference) else Cell(content=f"{ours.reference:.2f}", value=ours.reference),
+        NOTHING if figure.reference is None else Cell(content=f"{figure.reference:g}", value=figure.reference),
+    ]
