@@ -38,7 +38,7 @@ from quantlab.engine.options import single_threaded
 from quantlab.engine.solve import SolveOptions
 from quantlab.engine.stream import StreamRequest, StreamResult, quantize_model
 from quantlab.errors import QualityError
-from quantlab.evaluate.evaluation import must_stream
+from quantlab.evaluate.evaluation import must_stream, tokenizer_sha256
 from quantlab.evaluate.harness import TaskOptions, compare_on_tasks, require_tasks
 from quantlab.evaluate.perplexity import Forward, in_memory, measure_any
 from quantlab.evaluate.protocols import EvaluationWindows, WindowOptions, evaluation_windows, find_protocol
@@ -264,7 +264,11 @@ class _Run:
         budget = engine_options(self.recipe).memory_budget_bytes
         streamed = must_stream([self.float_model, self.quantized_model], self.dtype, budget)
         measure = self._evaluate_streamed if streamed else self._evaluate_in_memory
-        return {"perplexity": measure(stream, corpora), **self._evaluate_tasks()}
+        return {
+            "perplexity": measure(stream, corpora),
+            "tokenizer_sha256": tokenizer_sha256(self.model_folder),
+            **self._evaluate_tasks(),
+        }
 
     def _evaluate_in_memory(self, stream: StreamResult, corpora: list[EvaluationWindows]) -> dict[str, Any]:
         quantized = self._reload(stream)
