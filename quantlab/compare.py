@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantlab.checkpoint.atomic import replacing
+from quantlab.checkpoint.names import MANIFEST_NAME
 from quantlab.errors import QuantlabError, ResumableError, UsageError
 from quantlab.evaluate.perplexity import in_memory
 from quantlab.memory import reset_peak_rss
@@ -85,7 +86,7 @@ class Cell:
     @property
     def finished(self) -> bool:
         """Whether the run is complete."""
-        return (self.folder / "manifest.json").is_file()
+        return (self.folder / MANIFEST_NAME).is_file()
 
     @property
     def failure_file(self) -> Path:

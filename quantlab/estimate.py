@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from quantlab.api import InputStatistics, LayerProblem
+from quantlab.checkpoint.names import MANIFEST_NAME
 from quantlab.errors import UsageError
 from quantlab.plan import Plan
 from quantlab.recipe.layers import LayerMethod
@@ -136,7 +137,7 @@ def recorded_rates(run_folder: Path, method: str) -> Rates:
         UsageError: the folder is not that of a finished run, or of a run of another method.
     """
     try:
-        manifest = json.loads((run_folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((run_folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         shapes = [tuple(layer["shape"]) for layer in manifest["layers"]]
         work = work_of(shapes, manifest["calibration"]["tokens"], manifest["checkpoint_bytes"])
         seconds = {part: max(value, 1e-3) for part, value in manifest["engine_s"].items()}
@@ -183,14 +184,12 @@ class Estimate:
         layer_bytes: stored in place of the weight of each quantized layer, by its name.
         bits_per_weight: the mean over the quantized weights.
         checkpoint_bytes: of the checkpoint.
-        work_bytes: of the hidden states on disk while the run lasts.
         seconds: by part of the work.
     """
 
     layer_bytes: dict[str, int]
     bits_per_weight: float
     checkpoint_bytes: int
-    work_bytes: int
     seconds: dict[str, float]
 
 
@@ -220,6 +219,5 @@ def estimate_run(plan: Plan, like: Path | None) -> Estimate:
         layer_bytes=layer_bytes,
         bits_per_weight=8 * sum(layer_bytes.values()) / plan.quantized_parameters,
         checkpoint_bytes=checkpoint,
-        work_bytes=plan.work_bytes,
         seconds=rates.seconds(work),
     )

@@ -7,10 +7,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantlab.checkpoint.names import MANIFEST_NAME
 from quantlab.engine.finished import BLOCK
 from quantlab.engine.journal import JOURNAL_NAME, Journal
 from quantlab.errors import UsageError
-from quantlab.workspace import COMPLETE, MANIFEST_NAME, WORK_FOLDER
+from quantlab.workspace import COMPLETE, WORK_FOLDER
 
 _OF_A_RUN = ("model", "recipe.yaml", "recipe.resolved.yaml", "eval.json", "report.md", "log.txt")
 

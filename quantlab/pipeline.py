@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 from quantlab import registry
 from quantlab._version import __version__
 from quantlab.api import LayerQuantizer
-from quantlab.calibration.tokens import TokenWindows, calibration_windows, load_tokenizer
+from quantlab.calibration.tokens import TokenWindows, calibration_windows, load_tokenizer, window_length
 from quantlab.checkpoint.atomic import replacing
 from quantlab.checkpoint.format import QuantizationConfig
+from quantlab.checkpoint.names import MANIFEST_NAME, MODEL_FOLDER
 from quantlab.checkpoint.reader import load
 from quantlab.checkpoint.writer import CheckpointWriter
 from quantlab.engine.fingerprint import (
@@ -46,15 +47,13 @@ from quantlab.evaluate.streamed import measure_streamed, streamed_forward
 from quantlab.evaluate.subject import Subject
 from quantlab.memory import peak_rss_bytes
 from quantlab.models import model_label, resolve_model
-from quantlab.plan import Plan, compute_dtype, engine_options, plan_run, statistics_options, window_length
+from quantlab.plan import Plan, compute_dtype, engine_options, plan_run, statistics_options
 from quantlab.progress import LoggedProgress, NoProgress, Progress
 from quantlab.recipe import LoadedRecipe, Recipe, dump_recipe, load_recipe
 from quantlab.recipe.layers import MethodAssignment, assign_methods
 from quantlab.report.markdown import write_markdown
 from quantlab.skeleton import load_model, read_config, weight_files
-from quantlab.workspace import MANIFEST_NAME, Workspace, memory_shortage_explained, working_in
-
-MODEL_FOLDER = "model"
+from quantlab.workspace import Workspace, memory_shortage_explained, working_in
 
 Result = TypeVar("Result")
 
@@ -326,7 +325,7 @@ class _Run:
             "bits": self.recipe.method.bits,
             "group_size": self.recipe.method.group_size,
             "bits_per_weight": sum(layer.storage_bits for layer in stream.layers) / weights,
-            "checkpoint_bytes": sum(file.stat().st_size for file in (self.folder / MODEL_FOLDER).glob("*.safetensors")),
+            "checkpoint_bytes": self.quantized_model.bytes_on_disk,
             "source_bytes": sum(file.stat().st_size for file in weight_files(self.model_folder)),
             "peak_rss_bytes": peak_rss_bytes(),
             "wall_s": round(time.monotonic() - self.started, 3),

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from quantlab.api import Statistic
 from quantlab.calibration.sources import FILE_PREFIX
+from quantlab.calibration.tokens import context_length, window_length
 from quantlab.engine.memory import MemoryPlan, plan_memory
 from quantlab.engine.options import EngineOptions
 from quantlab.engine.statistics import StatisticsOptions, require_collectable
@@ -17,9 +18,6 @@ from quantlab.errors import ModelError, RecipeError
 from quantlab.recipe import Recipe
 from quantlab.recipe.layers import LayerMethod, MethodAssignment
 from quantlab.recipe.size import parse_size
-
-DEFAULT_LENGTH = 2048
-"""Tokens per window in the literature, where the model's context holds as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +122,6 @@ def compute_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
     return dtype
 
 
-def window_length(asked: int | None, config: PretrainedConfig) -> int:
-    """Tokens per window: as asked for, or 2048, or the model's context if that is shorter."""
-    return asked or min(DEFAULT_LENGTH, _context(config) or DEFAULT_LENGTH)
-
-
 def engine_options(recipe: Recipe) -> EngineOptions:
     """How a recipe wants the machine to be used."""
     budget = recipe.engine.memory_budget
@@ -155,13 +148,8 @@ def statistics_options(recipe: Recipe, methods: Sequence[LayerMethod]) -> Statis
         raise RecipeError(f"section calibration: {error}") from error
 
 
-def _context(config: PretrainedConfig) -> int | None:
-    context: int | None = getattr(config, "max_position_embeddings", None)
-    return context
-
-
 def _window_problems(recipe: Recipe, config: PretrainedConfig) -> Iterator[str]:
-    limit = _context(config)
+    limit = context_length(config)
     for section, length in (
         ("calibration", recipe.calibration.sequence_length),
         ("evaluation", recipe.evaluation.sequence_length),

@@ -7,12 +7,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantlab.checkpoint.names import MANIFEST_NAME
 from quantlab.engine.finished import BLOCK, REST
 from quantlab.engine.journal import JOURNAL_NAME, Journal
 from quantlab.errors import MemoryShortageError, QuantlabError, ResumableError, UsageError
 
 WORK_FOLDER = "work"
-MANIFEST_NAME = "manifest.json"
 COMPLETE = "complete"
 """Kind of the journal's last entry: nothing is left to do but to remove the work folder and the journal."""
 

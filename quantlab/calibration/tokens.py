@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from quantlab.calibration.corpora import CORPORA
 from quantlab.calibration.sources import load_documents
 from quantlab.errors import DataError, ModelError
+
+DEFAULT_LENGTH = 2048
+"""Tokens per window in the literature, where the model's context holds as many."""
 
 _POOL = 4
 """Windows are drawn from this many times as many tokens, out of documents in random order."""
@@ -46,6 +49,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {error}") from error
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The longest text that a model takes, in tokens; None if its configuration does not say."""
+    length: int | None = getattr(config, "max_position_embeddings", None)
+    return length
+
+
+def window_length(asked: int | None, config: PretrainedConfig) -> int:
+    """Tokens per window: as asked for, or 2048, or the model's context if that is shorter."""
+    return asked or min(DEFAULT_LENGTH, context_length(config) or DEFAULT_LENGTH)
 
 
 def calibration_windows(

@@ -12,10 +12,8 @@ from typing import Any
 
 from quantlab.checkpoint.documents import TensorEntry, read_header, read_json, require_ordinary
 from quantlab.checkpoint.format import CONFIG_NAME, INDEX_NAME, SHARD_PATTERN, QuantizationConfig
+from quantlab.checkpoint.names import MODEL_FOLDER
 from quantlab.errors import CheckpointError
-
-MODEL_FOLDER = "model"
-"""The checkpoint inside a run folder."""
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 

@@ -7,7 +7,7 @@ from typing import Any
 from quantlab.checkpoint.contents import checkpoint_folder, read_contents, require_inside
 from quantlab.checkpoint.documents import read_json
 from quantlab.checkpoint.format import storage_bits
-from quantlab.checkpoint.verify import MANIFEST_NAME
+from quantlab.checkpoint.names import MANIFEST_NAME
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ from pathlib import Path
 from quantlab.checkpoint.contents import Contents, checkpoint_folder, read_contents, require_inside
 from quantlab.checkpoint.documents import read_json
 from quantlab.checkpoint.format import SHARD_PREFIX
+from quantlab.checkpoint.names import MANIFEST_NAME
 from quantlab.checkpoint.reader import empty_model
 from quantlab.checkpoint.shard import read_shard
 from quantlab.errors import CheckpointError
-
-MANIFEST_NAME = "manifest.json"
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,11 @@ def plan(
     if as_json:
         click.echo(json.dumps(_record(planned, estimate), indent=2))
         return
-    rows = [*_plan_rows(planned), *_estimate_rows(estimate, like), ("run folder", str(default_output_dir(loaded)))]
+    rows = [
+        *_plan_rows(planned),
+        *_estimate_rows(planned, estimate, like),
+        ("run folder", str(default_output_dir(loaded))),
+    ]
     width = max(len(what) for what, _ in rows)
     for what, value in rows:
         click.echo(f"{what:<{width}}  {value}")
@@ -76,14 +80,14 @@ def _plan_rows(planned: "Plan") -> list[tuple[str, str]]:
     ]
 
 
-def _estimate_rows(estimate: "Estimate", like: Path | None) -> list[tuple[str, str]]:
+def _estimate_rows(planned: "Plan", estimate: "Estimate", like: Path | None) -> list[tuple[str, str]]:
     from quantlab.report.units import format_bytes, format_duration
 
     basis = "from a probe; within a factor of about 3" if like is None else f"scaled from {like}"
     return [
         ("bits per weight", f"{estimate.bits_per_weight:.3f}"),
         ("checkpoint", format_bytes(estimate.checkpoint_bytes)),
-        ("disk while running", format_bytes(estimate.checkpoint_bytes + estimate.work_bytes)),
+        ("disk while running", format_bytes(estimate.checkpoint_bytes + planned.work_bytes)),
         ("time to quantize", f"{format_duration(sum(estimate.seconds.values()))} ({basis})"),
         *((f"  {part}", format_duration(seconds)) for part, seconds in estimate.seconds.items()),
     ]
@@ -113,7 +117,7 @@ def _record(planned: "Plan", estimate: "Estimate") -> dict[str, Any]:
         "memory": {"peak_bytes": planned.memory.peak_bytes, "parts": planned.memory.parts},
         "bits_per_weight": estimate.bits_per_weight,
         "checkpoint_bytes": estimate.checkpoint_bytes,
-        "work_bytes": estimate.work_bytes,
+        "work_bytes": planned.work_bytes,
         "seconds": estimate.seconds,
         "layers": [
             {

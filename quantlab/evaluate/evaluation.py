@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from quantlab.calibration.tokens import load_tokenizer
+from quantlab.calibration.tokens import load_tokenizer, window_length
 from quantlab.engine.memory import RUNTIME_BYTES, ModelSizes
 from quantlab.engine.survey import survey_model
 from quantlab.errors import UsageError
@@ -22,9 +22,6 @@ from quantlab.evaluate.subject import Subject
 from quantlab.memory import physical_bytes
 from quantlab.progress import Progress
 from quantlab.skeleton import read_config
-
-DEFAULT_LENGTH = 2048
-"""Tokens per window in the literature, where the model's context holds as many."""
 
 MEMORY_SHARE = 0.8
 """Of the machine's memory that models may fill; the rest is for logits and everything else."""
@@ -85,8 +82,9 @@ def evaluate_subject(
             f"{subject.name} and {reference.name} have different tokenizers, so their perplexities do not compare; "
             "give the float model that the quantized one was made from"
         )
+    length = window_length(options.sequence_length, read_config(subject.folder))
     window_options = WindowOptions(
-        sequence_length=options.sequence_length or default_length(subject.folder),
+        sequence_length=length,
         stride=options.stride,
         bos=options.bos,
         num_windows=options.num_windows,
@@ -97,7 +95,7 @@ def evaluate_subject(
     streamed = must_stream(subjects, dtype, options.memory_budget_bytes)
     results: dict[str, Any] = {"model": subject.name, "tokenizer_sha256": identity, "streamed": streamed}
     if streamed:
-        _require_budget(subjects, dtype, options)
+        _require_budget(subjects, dtype, options, length)
         models = {each.name: partial(each.open_parts, dtype) for each in subjects}
         with tempfile.TemporaryDirectory(prefix="quantlab-") as work:
             results["perplexity"] = {
@@ -139,13 +137,12 @@ def streamed_bytes(sizes: Sequence[ModelSizes], tokens: int) -> int:
     return RUNTIME_BYTES + outside + max(inside, logits)
 
 
-def _require_budget(subjects: Sequence[Subject], dtype: torch.dtype, options: EvaluationOptions) -> None:
+def _require_budget(subjects: Sequence[Subject], dtype: torch.dtype, options: EvaluationOptions, length: int) -> None:
     budget = options.memory_budget_bytes
     if budget is None:
         return
     if options.tasks.tasks:
         raise UsageError("tasks need the whole model in memory, so a memory budget cannot be kept; evaluate them apart")
-    length = options.sequence_length or default_length(subjects[0].folder)
     sizes = [survey_model(read_config(subject.folder), dtype).sizes for subject in subjects]
     needed = streamed_bytes(sizes, max(length, TOKENS_PER_BATCH))
     if needed > budget:
@@ -153,12 +150,6 @@ def _require_budget(subjects: Sequence[Subject], dtype: torch.dtype, options: Ev
             f"a memory budget of {budget / 2**20:,.0f} MiB is too small to evaluate these models; one block at a time "
             f"they need {needed / 2**20:,.0f} MiB (computing in bfloat16 needs less)"
         )
-
-
-def default_length(folder: Path) -> int:
-    """Tokens per window that a model is evaluated on unless told otherwise."""
-    context = getattr(read_config(folder), "max_position_embeddings", None)
-    return min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
 
 
 def tokenizer_sha256(folder: Path) -> str:

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from quantlab.checkpoint.names import MANIFEST_NAME, MODEL_FOLDER
 from quantlab.checkpoint.reader import load
 from quantlab.engine.forward import CheckpointParts, FloatParts, ModelParts
 from quantlab.errors import ModelError
 from quantlab.models import resolve_model
 from quantlab.skeleton import load_model
-
-MODEL_FOLDER = "model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +80,8 @@ def find_subject(name: str) -> Subject:
         ModelError: there is no such model.
     """
     folder = Path(name).expanduser()
-    if (folder / "manifest.json").is_file() and (folder / MODEL_FOLDER / "config.json").is_file():
-        source = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["model"]["path"]
+    if (folder / MANIFEST_NAME).is_file() and (folder / MODEL_FOLDER / "config.json").is_file():
+        source = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["model"]["path"]
         return Subject(name=name, folder=folder / MODEL_FOLDER, is_quantized=True, source=source)
     if _config(folder).get("quantization_config", {}).get("quant_method") == "quantlab":
         return Subject(name=name, folder=folder, is_quantized=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantlab.checkpoint.names import MANIFEST_NAME
 from quantlab.errors import UsageError
 
 
@@ -52,7 +53,7 @@ def read_record(run_folder: Path) -> RunRecord:
     Raises:
         UsageError: the folder is not that of a finished run.
     """
-    manifest, evaluation = (_read(run_folder / name) for name in ("manifest.json", "eval.json"))
+    manifest, evaluation = (_read(run_folder / name) for name in (MANIFEST_NAME, "eval.json"))
     return RunRecord(manifest=manifest, perplexity=evaluation["perplexity"], tasks=evaluation.get("tasks", {}))
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, PreTrainedTokenizerFast
 
+from quantlab.calibration.tokens import window_length
 from quantlab.errors import RecipeError
 from quantlab.estimate import estimate_run, probe, stored_bytes
 from quantlab.known_configs import KNOWN_CONFIGS
 from quantlab.models import ALIASES, DEMO, resolve_config, resolve_model
-from quantlab.plan import plan_run, window_length
+from quantlab.plan import plan_run
 from quantlab.recipe import load_recipe
 from quantlab.recipe.layers import assign_methods
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantlab.checkpoint.names import MANIFEST_NAME
 from quantlab.compare import CELLS, FAILURE_SUFFIX
 from quantlab.errors import UsageError
 from quantlab.report.markdown import provenance
 from quantlab.report.record import RunRecord, read_record
-from quantlab.workspace import MANIFEST_NAME
 
 _CELL = re.compile(r"(?P<variant>.+)-w(?P<bits>\d+)-s(?P<seed>\d+)")
 _INTEGER = re.compile(r"\d+")

@@ -1,0 +1,7 @@
+"""What stands where in the folder of a run."""
+
+MODEL_FOLDER = "model"
+"""The checkpoint."""
+
+MANIFEST_NAME = "manifest.json"
+"""Everything that is needed to understand and to repeat the run; complete runs have it."""
