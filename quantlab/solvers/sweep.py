@@ -74,7 +74,9 @@ class Assignment:
     loss: Tensor | None = None
 
 
-def factor_for_sweep(hessian: Tensor, order: Tensor, damping: float, dtype: torch.dtype) -> SweepFactor:
+def factor_for_sweep(
+    hessian: Tensor, order: Tensor, damping: float, dtype: torch.dtype, *, shrinkage: float = 0.0
+) -> SweepFactor:
     """Factor a Hessian for quantizing inputs in a given order.
 
     Args:
@@ -82,16 +84,15 @@ def factor_for_sweep(hessian: Tensor, order: Tensor, damping: float, dtype: torc
         order: (in_features,) int64, the input quantized first, second, and so on.
         damping: fraction of the mean diagonal to add; see `damped_cholesky`.
         dtype: precision of the feedback; the factorisation itself is in float64.
+        shrinkage: the off-diagonal entries are reduced by this share beforehand.
 
     Raises:
         NumericalError: the Hessian is not positive semi-definite.
     """
     columns = order.flip(0)
     live = hessian.diagonal()[columns] != 0
-    if not torch.equal(columns, torch.arange(len(columns), device=columns.device)):
-        hessian = hessian[columns][:, columns]
-    factor = damped_cholesky(hessian, damping)
-    del hessian  # as soon as it can go: wider copies are on the way
+    in_place = torch.equal(columns, torch.arange(len(columns), device=columns.device))
+    factor = damped_cholesky(hessian, damping, None if in_place else columns, shrinkage)
     pivots = factor.lower.diagonal().clone()  # a view would keep all of L in memory
     return SweepFactor(
         columns=columns,

@@ -5,7 +5,7 @@ import torch
 
 from quantlab.api import CodebookSpec, Lut, UniformGrid, layer_loss
 from quantlab.solvers.blocks import descend_in_blocks
-from quantlab.solvers.codebook import CodebookFit, level_gram, refit_codebook
+from quantlab.solvers.codebook import CodebookFit, LevelGram, refit_codebook
 from quantlab.solvers.descent import descend, relax, round_descending
 from quantlab.solvers.grid import minmax_grid
 from quantlab.solvers.kmeans import kmeans_levels
@@ -233,7 +233,7 @@ def test_gram_is_the_sum_of_the_hessian_over_pairs_of_codes(library, levels, inp
     codes = torch.randint(0, levels, (3, inputs), generator=torch.Generator().manual_seed(10)).to(torch.uint8)
     members = torch.nn.functional.one_hot(codes.long(), levels).double()
     expected = members.mT @ hessian.double() @ members
-    gram = level_gram(codes, hessian, levels)
+    gram = LevelGram(hessian)(codes, levels)
     torch.testing.assert_close(gram.double(), expected, rtol=1e-5, atol=1e-6 * inputs)
     assert torch.equal(gram, gram.mT)
 

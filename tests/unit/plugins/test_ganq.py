@@ -7,7 +7,7 @@ import torch
 from quantlab.api import CodebookSpec, InputStatistics, LayerProblem, layer_loss
 from quantlab.solvers.sweep import factor_for_sweep
 from quantlab_ganq import GanqQuantizer
-from quantlab_ganq.conditioning import diagonally_dominant_factor, shrunk
+from quantlab_ganq.conditioning import diagonally_dominant_factor, shrinkage_for, shrunk
 from quantlab_ganq.outliers import tails
 from quantlab_ganq.starts import published_table, target_table, weight_table
 
@@ -139,7 +139,7 @@ def test_dead_inputs_get_the_nearest_final_level():
 def test_fewer_tokens_shrink_the_off_diagonal_entries_more(tokens, share):
     hessian = problem().require_hessian()
     off_diagonal = ~torch.eye(64, dtype=torch.bool)
-    result = shrunk(hessian, tokens)
+    result = shrunk(hessian, shrinkage_for(hessian, tokens))
     torch.testing.assert_close(result.diagonal(), hessian.diagonal())
     torch.testing.assert_close(result[off_diagonal], (1 - share) * hessian[off_diagonal])
 
