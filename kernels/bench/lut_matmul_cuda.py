@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import quantlab_kernels
-from quantlab_kernels import cuda, cuda_library
+from quantlab_kernels import cuda, cuda_common, cuda_library
 from quantlab_kernels.cuda_layout import TILE_COLUMNS, TILE_ROWS, byte_planes, pad_rows
 from quantlab_kernels.cuda_library import Codebook
 
@@ -174,7 +174,7 @@ def multiply(x: Tensor, weight: Prepared, warps: int | None = None) -> Tensor:
     if warps is None:
         return cuda.lut_matmul_prepared(x, weight.codes, weight.tables, None, weight.layout, None, *weight.outliers)
     y = x.new_empty(len(x), weight.layout[0])
-    described, stream = describe(x, weight), cuda_library.current_stream(x.device)
+    described, stream = describe(x, weight), cuda_common.current_stream(x.device)
     cuda_library.multiply(loaded_library(), described, x, None, y, warps=warps, stream=stream)
     return y
 
@@ -187,7 +187,7 @@ def check(x: Tensor, weight: Prepared) -> None:
     """
     out_features, in_features, *_ = weight.layout
     dense = x.new_empty(out_features, in_features)
-    described, stream = describe(x, weight), cuda_library.current_stream(x.device)
+    described, stream = describe(x, weight), cuda_common.current_stream(x.device)
     cuda_library.dequantize_rows(loaded_library(), described, dense, first_row=0, rows=out_features, stream=stream)
     expected = torch.nn.functional.linear(x.float(), dense.float())
     error = ((multiply(x, weight).float() - expected).norm() / expected.norm()).item()

@@ -113,6 +113,7 @@ int run(Position grid, Position block, std::function<void()> kernel) {
   if (threads == 0 || threads > kMaxThreads) return kTooManyThreads;
   const AccessGuard guard;
   m.kernel = std::move(kernel);
+  m.grid_size = grid;
   m.block_size = block;
   m.fibers.resize(threads);
   if (const int status = sigsetjmp(m.failure, 1)) return status;

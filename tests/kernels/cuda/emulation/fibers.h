@@ -60,7 +60,7 @@ struct Barrier {
 struct Machine {
   Order order = Order::kForward;
   std::mt19937 random;
-  Position block_index, block_size;
+  Position grid_size, block_index, block_size;
   std::vector<Fiber> fibers;
   std::vector<Barrier> warps;
   Barrier block;
