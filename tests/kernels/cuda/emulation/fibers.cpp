@@ -14,10 +14,22 @@ constexpr size_t kCopyBytes = 16;
 constexpr size_t kBufferAlignment = 16;
 
 void enter_fiber() {
-  Fiber* const self = machine().current;
   machine().kernel();
-  self->done = true;
-  swapcontext(&self->context, &machine().scheduler);
+  machine().current->done = true;
+  _longjmp(machine().scheduler, 1);
+}
+
+// Lets a fiber run until it waits or is done.
+void resume(Fiber& fiber) {
+  machine().current = &fiber;
+  if (_setjmp(machine().scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
+
+void suspend(Fiber& fiber) {
+  if (_setjmp(fiber.place) == 0) _longjmp(machine().scheduler, 1);
 }
 
 void start_block(Position block) {
@@ -33,7 +45,7 @@ void start_block(Position block) {
     fiber.thread = {index % block.x, index / block.x % block.y, index / plane};
     fiber.lane = static_cast<int>(i) % kLanes;
     fiber.warp = static_cast<int>(i) / kLanes;
-    fiber.waiting = fiber.done = false;
+    fiber.started = fiber.waiting = fiber.done = false;
     fiber.exchanges = 0;
     fiber.shared_bytes = 0;
     fiber.copies.assign(1, {});
@@ -59,8 +71,7 @@ void run_block() {
       finished = finished && fiber.done;
       if (fiber.done || fiber.waiting) continue;
       progress = true;
-      m.current = &fiber;
-      swapcontext(&m.scheduler, &fiber.context);
+      resume(fiber);
     }
     if (finished) return;
     if (!progress) fail(kDeadlock);
@@ -130,8 +141,7 @@ int run(Position grid, Position block, std::function<void()> kernel) {
 }
 
 void wait(Barrier& barrier) {
-  Machine& m = machine();
-  Fiber* const self = m.current;
+  Fiber* const self = machine().current;
   barrier.waiting.push_back(self);
   if (barrier.waiting.size() == barrier.members) {
     for (Fiber* fiber : barrier.waiting) fiber->waiting = false;
@@ -139,7 +149,7 @@ void wait(Barrier& barrier) {
     return;
   }
   self->waiting = true;
-  swapcontext(&self->context, &m.scheduler);
+  suspend(*self);
 }
 
 const char* exchange(const void* value, size_t bytes) {

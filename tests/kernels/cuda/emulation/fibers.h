@@ -42,11 +42,12 @@ struct PendingCopy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it begins
+  jmp_buf place;       // where it goes on; unlike swapcontext, a jump makes no system call
   std::vector<char> stack = std::vector<char>(kStackBytes);
   Position thread;
   int lane, warp;
-  bool waiting, done;
+  bool started, waiting, done;
   unsigned exchanges;   // collectives of the warp so far
   size_t shared_bytes;  // declared so far: all threads declare the same arrays in the same order
   std::vector<std::vector<PendingCopy>> copies;  // by group; the last one is open
@@ -67,7 +68,7 @@ struct Machine {
   // By parity of the exchange, warp, lane: a lane is at most one exchange ahead of the slowest of its warp.
   std::vector<char> slots[2];
   alignas(128) char shared[kSharedBytes];
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   Fiber* current = nullptr;
   std::function<void()> kernel;
   sigjmp_buf failure;
