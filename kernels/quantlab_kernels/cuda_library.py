@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantlab_kernels.cuda_common import architectures_of_this_machine, cuda_recipe
+from quantlab_kernels.cuda_common import check_driver, recipe_for_this_machine
 from quantlab_kernels.native import NativeLibrary
 
 SOURCE_FOLDER = Path(__file__).parent / "csrc" / "cuda"
@@ -148,7 +148,11 @@ def dequantize_rows(
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Set the signatures of the functions."""
+    """Set the signatures of the functions.
+
+    Raises:
+        BuildError: the library cannot work with the driver.
+    """
     pointer, count = ctypes.c_void_p, ctypes.c_int32
     library.quantlab_cuda_matmul.argtypes = (
         ctypes.POINTER(Weight),
@@ -170,8 +174,7 @@ def declare(library: ctypes.CDLL) -> None:
         count,
         pointer,
     )
-    library.quantlab_cuda_error.argtypes = (ctypes.c_int,)
-    library.quantlab_cuda_error.restype = ctypes.c_char_p
+    check_driver(library, "quantlab_cuda")
 
 
 def _check(library: ctypes.CDLL, status: int, weight: Weight, action: str) -> None:
@@ -184,9 +187,7 @@ def _check(library: ctypes.CDLL, status: int, weight: Weight, action: str) -> No
     )
 
 
-LIBRARY = NativeLibrary(
-    "cuda", lambda: cuda_recipe("cuda", SOURCE_FOLDER, architectures_of_this_machine()), declare
-)
+LIBRARY = NativeLibrary("cuda", lambda: recipe_for_this_machine("cuda", SOURCE_FOLDER), declare)
 
 
 @functools.cache

@@ -181,9 +181,7 @@ def descend_in_blocks(
         (out_features,) float64, by how much the losses changed: zero or negative.
     """
     if _on_cuda(weight):
-        return solver_cuda.descend_in_blocks(
-            weight, codes, error, hessian, order, within, feedback, precision, books
-        )
+        return solver_cuda.descend_in_blocks(weight, codes, error, hessian, order, within, feedback, precision, books)
     threads = torch.get_num_threads()
     gained = torch.zeros(len(weight), dtype=torch.float64)
     tensors = [weight, hessian, order, within, feedback, feedback.mT, precision]

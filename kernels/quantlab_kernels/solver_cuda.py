@@ -61,9 +61,8 @@ class SweepProblem:
 
     def targets(self, start: int, end: int) -> Tensor:
         """The weights of a block, shifted by the errors behind it: (1, columns, out_features)."""
-        rows, inputs = self._weight.shape
-        values = self._weight.T[self._columns[start:end]]
-        targets: Tensor = torch.addmm(values, self._feedback[end:, start:end].T, self._behind[end:, :rows])
+        values, behind = self._weight.T[self._columns[start:end]], self._behind[end:, : len(self._weight)]
+        targets: Tensor = torch.addmm(values, self._feedback[end:, start:end].T, behind)
         return targets[None]
 
     def round(self, start: int, end: int, targets: Tensor, books: TiledCodebooks) -> None:
@@ -124,7 +123,7 @@ def descend_in_blocks(
 ) -> Tensor:
     """`quantlab_kernels.solver.descend_in_blocks`."""
     (rows, inputs), (count, size, _) = weight.shape, within.shape
-    # Every block has MAX_BLOCK places, so that it begins where vectors do; what they hold beyond its inputs is not used.
+    # Every block has MAX_BLOCK places, so that it begins where vectors do; what the rest of them hold is not used.
     places = pad(pad(order, (0, count * size - len(order))).view(count, size), (0, MAX_BLOCK - size))
     columns = hessian[:, places.flatten()]
     to_places = (0, MAX_BLOCK - size, 0, MAX_BLOCK - size)

@@ -1,10 +1,10 @@
 """The CUDA library of the solvers: its functions as ctypes sees them (csrc/cuda_solver/interface.h)."""
 
 import ctypes
-from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-from quantlab_kernels.cuda_common import architectures_of_this_machine, cuda_recipe
+from quantlab_kernels.cuda_common import check_driver, recipe_for_this_machine
 from quantlab_kernels.native import NativeLibrary
 
 SOURCE_FOLDER = Path(__file__).parent / "csrc" / "cuda_solver"
@@ -106,7 +106,11 @@ class Blocks(Structure):
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Set the argument types of all functions; each takes a device and a stream in the end."""
+    """Set the argument types of all functions; each takes a device and a stream in the end.
+
+    Raises:
+        BuildError: the library cannot work with the driver.
+    """
     pointer, count, number = c_void_p, c_int32, c_double
     arguments: dict[str, tuple[object, ...]] = {
         "sweep": (POINTER(Sweep), POINTER(Books)),
@@ -121,12 +125,7 @@ def declare(library: ctypes.CDLL) -> None:
     }
     for name, types in arguments.items():
         getattr(library, f"quantlab_solver_{name}").argtypes = (*types, c_int32, c_void_p)
-    library.quantlab_solver_error.argtypes = (c_int,)
-    library.quantlab_solver_error.restype = ctypes.c_char_p
+    check_driver(library, "quantlab_solver")
 
 
-LIBRARY = NativeLibrary(
-    "solver-cuda",
-    lambda: cuda_recipe("solver-cuda", SOURCE_FOLDER, architectures_of_this_machine(), FLAGS),
-    declare,
-)
+LIBRARY = NativeLibrary("solver-cuda", lambda: recipe_for_this_machine("solver-cuda", SOURCE_FOLDER, FLAGS), declare)

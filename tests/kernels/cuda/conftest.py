@@ -146,6 +146,7 @@ def host_library():
             *("nvcc", "-std=c++20", "-O1", "-shared", "-cudart", "none", "-x", "c++", "--threads", "0"),
             *("-I", str(EMULATION)),
             *("-Xcompiler", f"-fPIC,-fvisibility=hidden,-fno-strict-aliasing,-ffp-contract=off,-Werror,{WARNINGS}"),
+            *("-Xcompiler", "-fsanitize=alignment,-fsanitize-undefined-trap-on-error"),
         ),
     )
     library = ctypes.CDLL(str(build_library(recipe)))

@@ -1,3 +1,5 @@
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ def devices(monkeypatch):
     def pretend(*capabilities):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+        monkeypatch.setattr(cuda_common.shutil, "which", lambda place: place)
 
     return pretend
 
@@ -31,7 +34,30 @@ def test_device_that_is_too_old_has_a_message(devices):
         cuda_library.LIBRARY._recipe()
 
 
-@pytest.mark.parametrize("folder", [cuda_library.SOURCE_FOLDER, solver_cuda_library.SOURCE_FOLDER], ids=lambda f: f.name)
+def test_compiler_is_that_of_the_environment(devices, monkeypatch):
+    devices((9, 0))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert cuda_library.LIBRARY._recipe().command[0] == "nvcc"
+    monkeypatch.setenv("CUDA_HOME", "/opt/cuda-12")
+    assert cuda_library.LIBRARY._recipe().command[0] == "/opt/cuda-12/bin/nvcc"
+    monkeypatch.setattr(cuda_common.shutil, "which", lambda place: None)
+    with pytest.raises(BuildError, match=r"nvcc, which is not there \(/opt/cuda-12/bin/nvcc\); .* CUDA_HOME"):
+        cuda_library.LIBRARY._recipe()
+
+
+@pytest.mark.parametrize("library", [cuda_library, solver_cuda_library], ids=lambda library: library.LIBRARY.name)
+def test_driver_that_is_too_old_has_a_message(library):
+    functions = MagicMock()
+    for prefix in ("quantlab_cuda", "quantlab_solver"):
+        getattr(functions, f"{prefix}_probe").return_value = 35
+        getattr(functions, f"{prefix}_error").return_value = b"CUDA driver version is insufficient"
+    with pytest.raises(BuildError, match=r"status 35: CUDA driver version is insufficient; .* CUDA_HOME"):
+        library.declare(functions)
+
+
+@pytest.mark.parametrize(
+    "folder", [cuda_library.SOURCE_FOLDER, solver_cuda_library.SOURCE_FOLDER], ids=lambda f: f.name
+)
 def test_every_source_and_header_counts_for_the_cache(folder):
     recipe = cuda_common.cuda_recipe("any", folder, ["80"])
     files = {path for path in folder.rglob("*") if path.is_file()}

@@ -75,9 +75,7 @@ def dyadic_codebook(kind, rows, groups=1):
 def moved(codebook, device, dtype):
     if isinstance(codebook, Lut):
         return Lut(values=codebook.values.to(device, dtype))
-    return UniformGrid(
-        scale=codebook.scale.to(device, dtype), zero=codebook.zero.to(device, dtype), bits=codebook.bits
-    )
+    return UniformGrid(scale=codebook.scale.to(device, dtype), zero=codebook.zero.to(device, dtype), bits=codebook.bits)
 
 
 def rounder(codebook, inputs):
@@ -220,9 +218,7 @@ def test_passes_of_descent_are_those_of_float64(rows, inputs, kind, device, kern
     def run(place, dtype):
         nearest = rounder(moved(codebook, place, dtype), inputs)
         start = Assignment(codes=codes.to(place), error=(weight - first).to(place, dtype), loss=torch.zeros(rows))
-        return descend(
-            weight.to(place, dtype), start, hessian.to(place, dtype), order.to(place), nearest, sweeps=3
-        )
+        return descend(weight.to(place, dtype), start, hessian.to(place, dtype), order.to(place), nearest, sweeps=3)
 
     expected = run("cpu", torch.float64)
     found = run(device, torch.float32)
@@ -334,9 +330,7 @@ def test_systems_are_solved(levels, device):
     gram[0] *= 1e6
     gram[1, 0] = gram[1, :, 0] = 0
     right = torch.randn(11, levels, generator=seeded(26), dtype=torch.float64)
-    solution, failures = solver.solve_levels(
-        gram.to(device), right.to(device), ridge=1e-12, growth=100.0, attempts=5
-    )
+    solution, failures = solver.solve_levels(gram.to(device), right.to(device), ridge=1e-12, growth=100.0, attempts=5)
     assert failures == 0
     solution = on_host(solution)
     assert solution[1, 0] == 0

@@ -139,5 +139,8 @@ QUANTLAB_EXPORT int quantlab_solver_lloyd(const double* values, const double* ma
                                           int32_t size, int32_t levels, int32_t iterations, double* centers,
                                           int32_t device, void* stream);
 
+// Whether the library can work with the driver.
+QUANTLAB_EXPORT int quantlab_solver_probe();
+
 // What a positive status means.
 QUANTLAB_EXPORT const char* quantlab_solver_error(int status);

@@ -180,5 +180,3 @@ QUANTLAB_EXPORT int quantlab_solver_solve(const float* gram, int32_t rows, int32
   return launch(solve_rows, dim3((rows + kWarps - 1) / kWarps), dim3(kWarpLanes, kWarps), stream, gram, rows, levels,
                 ridge, growth, attempts, solution, scratch, failed);
 }
-
-QUANTLAB_EXPORT const char* quantlab_solver_error(int status) { return quantlab::error_string(status); }

@@ -78,10 +78,12 @@ void run_block() {
   }
 }
 
-void on_access_violation(int) { siglongjmp(machine().failure, kOutsideOfBuffer); }
+constexpr int kSignals[] = {SIGSEGV, SIGILL};
 
-// Turns the signal of a guard page into a status while a launch runs; the handler needs a stack of its own, since
-// that of a fiber is small.
+// A guard page was touched, or the alignment check of the compiler, which ends in an illegal instruction, failed.
+void on_signal(int signal) { siglongjmp(machine().failure, signal == SIGSEGV ? kOutsideOfBuffer : kMisaligned); }
+
+// Turns signals into a status while a launch runs; the handler needs a stack of its own, since that of a fiber is small.
 class AccessGuard {
  public:
   AccessGuard() : stack_(SIGSTKSZ) {
@@ -90,19 +92,19 @@ class AccessGuard {
     stack.ss_size = stack_.size();
     sigaltstack(&stack, &previous_stack_);
     struct sigaction action {};
-    action.sa_handler = on_access_violation;
+    action.sa_handler = on_signal;
     action.sa_flags = SA_ONSTACK | SA_NODEFER;
-    sigaction(SIGSEGV, &action, &previous_action_);
+    for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &action, &previous_actions_[i]);
   }
   ~AccessGuard() {
-    sigaction(SIGSEGV, &previous_action_, nullptr);
+    for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &previous_actions_[i], nullptr);
     sigaltstack(&previous_stack_, nullptr);
   }
 
  private:
   std::vector<char> stack_;
   stack_t previous_stack_;
-  struct sigaction previous_action_;
+  struct sigaction previous_actions_[2];
 };
 
 size_t page_bytes() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
@@ -122,6 +124,7 @@ int run(Position grid, Position block, std::function<void()> kernel) {
   Machine& m = machine();
   const size_t threads = static_cast<size_t>(block.x) * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads) return kTooManyThreads;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > kMaxGridSide || grid.z > kMaxGridSide) return kWrongGrid;
   const AccessGuard guard;
   m.kernel = std::move(kernel);
   m.grid_size = grid;

@@ -25,9 +25,11 @@ constexpr int kDeadlock = 9002;
 constexpr int kTooMuchSharedMemory = 9003;
 constexpr int kTooManyThreads = 9004;
 constexpr int kMisaligned = 9005;
+constexpr int kWrongGrid = 9006;
 
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
+constexpr unsigned kMaxGridSide = 65535;  // in y and z
 constexpr size_t kSharedBytes = 48 << 10;  // what a kernel may declare without asking
 constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kSlotBytes = 32;          // what a lane can hand to its warp at once

@@ -135,6 +135,8 @@ class DeviceGuard {
   int status() const { return 0; }
 };
 
+inline int probe() { return 0; }
+
 inline const char* error_string(int status) {
   switch (status) {
     case emulation::kOutsideOfBuffer:
@@ -145,6 +147,8 @@ inline const char* error_string(int status) {
       return "more than 48 KiB of shared memory";
     case emulation::kTooManyThreads:
       return "no thread, or more than 1024, in a block";
+    case emulation::kWrongGrid:
+      return "an empty grid, or more than 65535 blocks in y or z";
     case emulation::kMisaligned:
       return "a misaligned vector access";
     default:
