@@ -460,6 +460,52 @@ def test_no_access_leaves_a_buffer_at_ragged_inputs(kind, guarded):
     round_descending(weight, swept.error, dyadic_hessian(inputs), torch.arange(inputs), nearest)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("rows", "inputs"), [(4096, 1024), (1000, 4099)])
+def test_large_layers_end_where_pytorch_does(rows, inputs, monkeypatch):
+    weight, hessian = problem(rows, inputs, torch.device("cuda"))
+    order = hessian.diagonal().argsort(descending=True)
+    factor = factor_for_sweep(hessian, order, 0.01, torch.float32)
+    table = kmeans_levels(weight, 16, 10)
+
+    def run():
+        nearest = LutRounder(Lut(values=table[:, None]), inputs)
+        swept = sweep(weight, factor, nearest)
+        descended = descend(weight, swept, hessian, order, nearest, sweeps=2)
+        _, loss = CodebookFit(weight, hessian).refit(table, descended)
+        return swept.loss, descended.loss, loss
+
+    found, again = run(), run()
+    assert all(map(torch.equal, found, again))
+    monkeypatch.setattr(solver_cuda_library.LIBRARY, "get", lambda: None)
+    for native, expected in zip(found, run(), strict=True):
+        torch.testing.assert_close(native.sum(), expected.sum(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_work_goes_to_the_current_stream_and_into_graphs():
+    error, hessian = problem(64, 256, torch.device("cuda"))
+    order, stream = torch.arange(256, device="cuda"), torch.cuda.Stream()
+    expected = relax(error, hessian, order)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        # Behind a long wait, the copy is still zero for any other stream.
+        late = torch.zeros_like(error)
+        torch.cuda._sleep(200_000_000)
+        late.copy_(error)
+        found = relax(late, hessian, order)
+    stream.synchronize()
+    assert torch.equal(found, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = relax(late, hessian, order)
+    late.copy_(2 * error)
+    graph.replay()
+    assert torch.equal(replayed, relax(late, hessian, order))
+
+
 def test_access_outside_of_a_buffer_is_noticed(guarded):
     with pytest.raises(RuntimeError, match=r"look_up .* \(3, 5\) on cpu .* outside of a guarded buffer"):
         solver.select_levels(torch.full((3, 5), 255, dtype=torch.uint8), torch.randn(3, 4))
