@@ -11,6 +11,7 @@ Kernels work on tiles of `LANES` output rows. Codebooks are brought into that fo
 """
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -153,16 +154,52 @@ def relax(error: Tensor, hessian: Tensor, order: Tensor) -> None:
     _descend(_RELAX, hessian, order, None, error)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockFactors:
+    """The Hessians of blocks of inputs and their factors.
+
+    Attributes:
+        order: (visited,) int64, the inputs block by block; in each block the last is rounded first.
+        within: (blocks, size, size), the Hessian of each block.
+        feedback: (blocks, size, size), the factor of each block, unit lower triangular.
+        upper: (blocks, size, size), the transposed factors.
+        precision: (visited,), in the given order, 1 over the squares of the factors' pivots.
+    """
+
+    order: Tensor
+    within: Tensor
+    feedback: Tensor
+    upper: Tensor
+    precision: Tensor
+
+
+def factor_blocks(hessian: Tensor, order: Tensor, size: int, damping: float) -> tuple[BlockFactors, int]:
+    """Factor the Hessian of every block of inputs; the factorisation itself is in float64.
+
+    Args:
+        hessian: (in_features, in_features).
+        order: (visited,) int64, the inputs block by block.
+        size: inputs of every block but the last, at most `MAX_BLOCK`.
+        damping: fraction of the mean diagonal to add; more where a block needs it.
+
+    Returns:
+        The factors, and how many blocks could not be factored.
+    """
+    if _on_cuda(hessian):
+        (within, feedback, upper, precision), failures = solver_cuda.factor_blocks(hessian, order, size, damping)
+        return BlockFactors(order=order, within=within, feedback=feedback, upper=upper, precision=precision), failures
+    hessian, order, blocks = hessian.contiguous(), order.contiguous(), -(-len(order) // size)
+    within, feedback, upper = torch.zeros(3, blocks, size, size)
+    factors = BlockFactors(
+        order=order, within=within, feedback=feedback, upper=upper, precision=torch.empty(len(order))
+    )
+    found = _pointers(within, feedback, upper, factors.precision)
+    operands = (hessian.data_ptr(), len(hessian), order.data_ptr(), len(order), size, damping)
+    return factors, _library().solver_factor_blocks(*operands, *found, torch.get_num_threads())
+
+
 def descend_in_blocks(
-    weight: Tensor,
-    codes: Tensor,
-    error: Tensor,
-    hessian: Tensor,
-    order: Tensor,
-    within: Tensor,
-    feedback: Tensor,
-    precision: Tensor,
-    books: TiledCodebooks,
+    weight: Tensor, codes: Tensor, error: Tensor, hessian: Tensor, factors: BlockFactors, books: TiledCodebooks
 ) -> Tensor:
     """One pass of block descent over `codes` and `error`, both (out_features, in_features), in place.
 
@@ -171,22 +208,20 @@ def descend_in_blocks(
         codes: to improve.
         error: the weight minus what the codes stand for.
         hessian: (in_features, in_features).
-        order: (visited,) int64, the inputs block by block; in each block the last is rounded first.
-        within: (blocks, size, size), the Hessian of each block; `size` at most `MAX_BLOCK`.
-        feedback: (blocks, size, size), the factor of each block, unit lower triangular.
-        precision: (visited,), in the given order, 1 over the squares of the factors' pivots.
+        factors: of the blocks to visit.
         books: what the codes select from.
 
     Returns:
         (out_features,) float64, by how much the losses changed: zero or negative.
     """
     if _on_cuda(weight):
-        return solver_cuda.descend_in_blocks(weight, codes, error, hessian, order, within, feedback, precision, books)
+        matrices = (factors.within, factors.feedback, factors.upper, factors.precision)
+        return solver_cuda.descend_in_blocks(weight, codes, error, hessian, factors.order, matrices, books)
     threads = torch.get_num_threads()
     gained = torch.zeros(len(weight), dtype=torch.float64)
-    tensors = [weight, hessian, order, within, feedback, feedback.mT, precision]
-    tensors = [tensor.contiguous() for tensor in tensors]
-    operands = BlockOperands(*_pointers(*tensors), *weight.shape, len(order), within.shape[1])
+    weight, hessian = weight.contiguous(), hessian.contiguous()
+    tensors = (weight, hessian, factors.order, factors.within, factors.feedback, factors.upper, factors.precision)
+    operands = BlockOperands(*_pointers(*tensors), *weight.shape, len(factors.order), factors.within.shape[1])
     scratch = torch.empty(threads * _library().solver_blocks_scratch(weight.shape[1]), dtype=torch.uint8)
     _library().solver_descend_in_blocks(operands, books.operands(), *_pointers(codes, error, gained, scratch), threads)
     return gained
@@ -203,6 +238,18 @@ def multiply_symmetric(matrix: Tensor, hessian: Tensor) -> Tensor:
     scratch = _descent_scratch(matrix.shape[1], threads)
     _library().solver_multiply(*operands, *matrix.shape, *_pointers(product, scratch), threads)
     return product
+
+
+def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
+    """e H eᵀ of every row of an error (rows, in_features), for a symmetric H: (rows,) float64."""
+    if _on_cuda(error):
+        return ((error @ hessian) * error).sum(dim=1, dtype=torch.float64)
+    threads = torch.get_num_threads()
+    error, hessian = error.contiguous(), hessian.contiguous()
+    loss = torch.empty(len(error), dtype=torch.float64)
+    scratch = _descent_scratch(error.shape[1], threads)
+    _library().solver_measure(*_pointers(error, hessian), *error.shape, *_pointers(loss, scratch), threads)
+    return loss
 
 
 class HessianTriangle:
@@ -272,26 +319,62 @@ def relabel(codes: Tensor, labels: Tensor) -> Tensor:
     return _look_up("solver_relabel", codes, labels)
 
 
-def lloyd(values: Tensor, mass: Tensor, moment: Tensor, centers: Tensor, iterations: int) -> Tensor:
-    """Lloyd's algorithm on every row, in float64.
+def cluster(
+    values: Tensor, weights: Tensor, mass: Tensor, moment: Tensor, levels: int, iterations: int, *, greedy: bool
+) -> Tensor:
+    """k-means of every row as in `quantlab.solvers.kmeans`: the best of Lloyd's algorithm from several starts.
 
     Args:
-        values: (rows, values), ascending.
-        mass: (rows, values + 1), prefix sums of the weights from the left.
-        moment: (rows, values + 1), prefix sums of the weighted values.
-        centers: (rows, levels), ascending, to start from.
-        iterations: upper limit.
+        values: (rows, values) float64, ascending.
+        weights: (rows, values) float64.
+        mass: (rows, values + 1) float64, prefix sums of the weights from the left.
+        moment: (rows, values + 1) float64, prefix sums of the weighted values.
+        levels: clusters per row.
+        iterations: upper limit for each start.
+        greedy: whether the greedy start is among them.
 
     Returns:
-        (rows, levels), the centers where nothing changes any more or the iterations end.
+        (rows, levels) float64.
     """
     if _on_cuda(values):
-        return solver_cuda.lloyd(values, mass, moment, centers, iterations)
-    values, mass, moment = values.contiguous(), mass.contiguous(), moment.contiguous()
-    found = centers.clone(memory_format=torch.contiguous_format)
-    shape = (*values.shape, centers.shape[1], iterations)
-    _library().solver_lloyd(*_pointers(values, mass, moment), *shape, found.data_ptr(), torch.get_num_threads())
-    return found
+        return solver_cuda.cluster(values, weights, mass, moment, levels, iterations, greedy=greedy)
+    values, weights, mass, moment = (tensor.contiguous() for tensor in (values, weights, mass, moment))
+    centers = torch.empty(len(values), levels, dtype=torch.float64)
+    shape = (*values.shape, levels, iterations, int(greedy))
+    operands, scratch = _pointers(values, weights, mass, moment), _cluster_scratch(values.shape[1], levels)
+    _library().solver_cluster(*operands, *shape, *_pointers(centers, scratch), torch.get_num_threads())
+    return centers
+
+
+def cluster_in_cells(
+    values: Tensor, weights: Tensor | None, levels: int, iterations: int, *, cells: int, greedy: bool
+) -> Tensor:
+    """The same by way of a histogram with this many cells, for values (rows, values) in any order.
+
+    Args:
+        values: (rows, values) float32.
+        weights: (rows, values) or (values,) float32, or None for equal weights.
+        levels: clusters per row.
+        iterations: upper limit for each start.
+        cells: of the histogram.
+        greedy: whether the greedy start is among them.
+
+    Returns:
+        (rows, levels) float64.
+    """
+    if _on_cuda(values):
+        return solver_cuda.cluster_in_cells(values, weights, levels, iterations, cells=cells, greedy=greedy)
+    values, weights = values.contiguous(), None if weights is None else weights.contiguous()
+    centers = torch.empty(len(values), levels, dtype=torch.float64)
+    pointers = (values.data_ptr(), None if weights is None else weights.data_ptr())
+    stride = 0 if weights is None or weights.ndim == 1 else values.shape[1]
+    shape, scratch = (*values.shape, cells, levels, iterations, int(greedy)), _cluster_scratch(cells, levels)
+    _library().solver_cluster_in_cells(*pointers, stride, *shape, *_pointers(centers, scratch), torch.get_num_threads())
+    return centers
+
+
+def _cluster_scratch(size: int, levels: int) -> Tensor:
+    return torch.empty(torch.get_num_threads() * _library().solver_kmeans_scratch(size, levels), dtype=torch.uint8)
 
 
 def _on_cuda(operand: Tensor) -> bool:

@@ -21,7 +21,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quantlab_kernels import cuda_common
-from quantlab_kernels.solver_cuda_library import BLOCK_ROWS, LIBRARY, MAX_BLOCK, SEGMENT, Blocks, Books, Descent, Sweep
+from quantlab_kernels.solver_cuda_library import (
+    BLOCK_ROWS,
+    LIBRARY,
+    MAX_BLOCK,
+    SEGMENT,
+    Blocks,
+    Books,
+    Cluster,
+    Descent,
+    Sweep,
+)
 from quantlab_kernels.solver_tiles import TiledCodebooks
 
 _VECTOR = 4  # floats of a vector access
@@ -110,29 +120,56 @@ def relax(error: Tensor, hessian: Tensor, order: Tensor) -> None:
     _descend(_RELAX, hessian, order, None, error)
 
 
+def factor_blocks(
+    hessian: Tensor, order: Tensor, size: int, damping: float
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int]:
+    """`quantlab_kernels.solver.factor_blocks`, by cuSOLVER for all blocks at once: its factors, without the order."""
+    count = -(-len(order) // size)
+    padding = count * size - len(order)
+    places = pad(order, (0, padding)).view(count, size)
+    real = pad(torch.ones_like(order, dtype=torch.bool), (0, padding)).view(count, size)
+    both = real[:, :, None] & real[:, None, :]
+    within = torch.where(both, hessian[places[:, :, None], places[:, None, :]], 0.0)
+    diagonal = within.diagonal(dim1=1, dim2=2).double()
+    mean = diagonal.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True)
+    fraction = torch.full_like(mean, damping)
+    while True:
+        damped = within.double()
+        damped.diagonal(dim1=1, dim2=2).copy_(torch.where(real, diagonal + fraction * mean, 1.0))
+        lower, failed_minor = torch.linalg.cholesky_ex(damped)
+        failed = (failed_minor > 0)[:, None]
+        # Only for the blocks that need it.
+        hopeless = failed & (fraction >= 1)
+        if bool((failed == hopeless).all()):
+            break
+        fraction = torch.where(failed, (10 * fraction).clamp(max=1.0), fraction)
+    pivots = lower.diagonal(dim1=1, dim2=2)
+    feedback = torch.where(both, lower / pivots[:, None, :], 0.0).to(hessian.dtype)
+    precision = pivots.square().reciprocal()[real].to(hessian.dtype)
+    return (within, feedback, feedback.mT.contiguous(), precision), int(hopeless.sum())
+
+
 def descend_in_blocks(
     weight: Tensor,
     codes: Tensor,
     error: Tensor,
     hessian: Tensor,
     order: Tensor,
-    within: Tensor,
-    feedback: Tensor,
-    precision: Tensor,
+    factors: Sequence[Tensor],
     books: TiledCodebooks,
 ) -> Tensor:
-    """`quantlab_kernels.solver.descend_in_blocks`."""
+    """`quantlab_kernels.solver.descend_in_blocks`; the factors are those of `factor_blocks`."""
+    within, feedback, upper, precision = factors
     (rows, inputs), (count, size, _) = weight.shape, within.shape
     # Every block has MAX_BLOCK places, so that it begins where vectors do; what the rest of them hold is not used.
     places = pad(pad(order, (0, count * size - len(order))).view(count, size), (0, MAX_BLOCK - size))
     columns = hessian[:, places.flatten()]
     to_places = (0, MAX_BLOCK - size, 0, MAX_BLOCK - size)
-    within, feedback = pad(within, to_places), pad(feedback, to_places)
     by_input = _by_position(weight)
     by_input[:, :rows] = error.T
     gained = torch.zeros(rows, dtype=torch.float64, device=weight.device)
-    tensors = [weight, columns, order, within, feedback, feedback.mT, precision]
-    tensors = [tensor.contiguous() for tensor in tensors]
+    matrices = [pad(matrix, to_places) for matrix in (within, feedback, upper)]
+    tensors = [tensor.contiguous() for tensor in (weight, columns, order, *matrices, precision)]
     by_row = _Books(books)
     operands = Blocks(
         *_pointers(*tensors, by_input, codes, gained),
@@ -180,13 +217,40 @@ def look_up(codes: Tensor, table: Tensor) -> Tensor:
     return found
 
 
-def lloyd(values: Tensor, mass: Tensor, moment: Tensor, centers: Tensor, iterations: int) -> Tensor:
-    """`quantlab_kernels.solver.lloyd`."""
-    values, mass, moment = values.contiguous(), mass.contiguous(), moment.contiguous()
-    found = centers.clone(memory_format=torch.contiguous_format)
-    shape = (*values.shape, centers.shape[1], iterations)
-    _run("lloyd", values, *_pointers(values, mass, moment), *shape, *_pointers(found))
-    return found
+def cluster(
+    values: Tensor, weights: Tensor, mass: Tensor, moment: Tensor, levels: int, iterations: int, *, greedy: bool
+) -> Tensor:
+    """`quantlab_kernels.solver.cluster`."""
+    values, weights, mass, moment = (tensor.contiguous() for tensor in (values, weights, mass, moment))
+    centers, share, cumulative = (
+        values.new_empty(len(values), levels),
+        torch.empty_like(values),
+        torch.empty_like(values),
+    )
+    distinct = torch.empty_like(values, dtype=torch.int32)
+    operands = Cluster(
+        *_pointers(values, weights, mass, moment, share, cumulative, distinct, centers),
+        *values.shape,
+        levels,
+        iterations,
+        greedy,
+    )
+    _run("cluster", values, ctypes.byref(operands))
+    return centers
+
+
+def cluster_in_cells(
+    values: Tensor, weights: Tensor | None, levels: int, iterations: int, *, cells: int, greedy: bool
+) -> Tensor:
+    """`quantlab_kernels.solver.cluster_in_cells`."""
+    (rows, size), values = values.shape, values.contiguous()
+    weights = None if weights is None else weights.contiguous()
+    stride = 0 if weights is None or weights.ndim == 1 else size
+    means, masses = torch.empty(2, rows, cells, dtype=torch.float64, device=values.device)
+    mass, moment = torch.empty(2, rows, cells + 1, dtype=torch.float64, device=values.device)
+    found = _pointers(means, masses, mass, moment)
+    _run("fill_cells", values, *_pointers(values, weights), stride, rows, size, cells, *found)
+    return cluster(means, masses, mass, moment, levels, iterations, greedy=greedy)
 
 
 class _Books:

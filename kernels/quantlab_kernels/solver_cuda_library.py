@@ -105,6 +105,26 @@ class Blocks(Structure):
     )
 
 
+class Cluster(Structure):
+    """`Cluster` of interface.h."""
+
+    _fields_ = (
+        ("values", c_void_p),
+        ("weights", c_void_p),
+        ("mass", c_void_p),
+        ("moment", c_void_p),
+        ("share", c_void_p),
+        ("cumulative", c_void_p),
+        ("distinct", c_void_p),
+        ("centers", c_void_p),
+        ("rows", c_int32),
+        ("size", c_int32),
+        ("levels", c_int32),
+        ("iterations", c_int32),
+        ("greedy", c_int32),
+    )
+
+
 def declare(library: ctypes.CDLL) -> None:
     """Set the argument types of all functions; each takes a device and a stream in the end.
 
@@ -121,7 +141,8 @@ def declare(library: ctypes.CDLL) -> None:
         "sums_by_code": (pointer, pointer, count, count, count, count, pointer),
         "solve": (pointer, count, count, number, number, count, pointer, pointer, pointer),
         "look_up": (pointer, pointer, count, count, count, count, pointer),
-        "lloyd": (pointer, pointer, pointer, count, count, count, count, pointer),
+        "cluster": (POINTER(Cluster),),
+        "fill_cells": (pointer, pointer, c_int64, count, count, count, pointer, pointer, pointer, pointer),
     }
     for name, types in arguments.items():
         getattr(library, f"quantlab_solver_{name}").argtypes = (*types, c_int32, c_void_p)

@@ -16,7 +16,7 @@ _SOURCES = (
     "solver_levels.cpp",
     "solver_kmeans.cpp",
 )
-_HEADERS = ("solver_vector.h", "solver_tile.h", "solver_rounding.h")
+_HEADERS = ("solver_vector.h", "solver_tile.h", "solver_rounding.h", "solver_cholesky.h")
 
 
 class SweepOperands(Structure):
@@ -105,13 +105,17 @@ def declare(library: ctypes.CDLL) -> None:
         "solver_descent_scratch": (count,),
         "solver_descend": (descent, books, pointer, pointer, pointer, pointer, threads),
         "solver_multiply": (pointer, pointer, count, count, pointer, pointer, threads),
+        "solver_measure": (pointer, pointer, count, count, pointer, pointer, threads),
+        "solver_factor_blocks": (pointer, count, pointer, count, count, c_double, *(pointer,) * 4, threads),
         "solver_blocks_scratch": (count,),
         "solver_descend_in_blocks": (blocks, books, pointer, pointer, pointer, pointer, threads),
         "solver_triangle_floats": (count,),
         "solver_pack_triangle": (pointer, count, pointer, threads),
         "solver_gram_scratch": (count, count),
         "solver_gram": (pointer, pointer, count, count, count, pointer, pointer, threads),
-        "solver_lloyd": (pointer, pointer, pointer, count, count, count, count, pointer, threads),
+        "solver_kmeans_scratch": (count, count),
+        "solver_cluster": (*(pointer,) * 4, *(count,) * 4, c_int, pointer, pointer, threads),
+        "solver_cluster_in_cells": (pointer, pointer, *(count,) * 6, c_int, pointer, pointer, threads),
         "solver_solve": (pointer, count, count, c_double, c_double, count, pointer, pointer, threads),
         "solver_sums_by_code": (pointer, pointer, count, count, count, pointer, threads),
         "solver_select_levels": (pointer, pointer, count, count, count, pointer, threads),
@@ -124,7 +128,15 @@ def declare(library: ctypes.CDLL) -> None:
 
 
 _COUNTS = frozenset(
-    {"solver_descent_scratch", "solver_blocks_scratch", "solver_triangle_floats", "solver_gram_scratch", "solver_solve"}
+    {
+        "solver_descent_scratch",
+        "solver_factor_blocks",
+        "solver_blocks_scratch",
+        "solver_triangle_floats",
+        "solver_gram_scratch",
+        "solver_kmeans_scratch",
+        "solver_solve",
+    }
 )
 
 LIBRARY = NativeLibrary("solver", lambda: solver_recipe(chosen_isa()), declare)

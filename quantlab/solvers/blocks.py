@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantlab.api import Lut
+from quantlab.errors import NumericalError
 from quantlab.solvers.nearest import LutRounder
 from quantlab.solvers.order import inverse_order
 from quantlab.solvers.sweep import Assignment, SweepFactor, factor_for_sweep, sweep
@@ -90,17 +91,13 @@ def _descend_natively(
     live = order[hessian.diagonal()[order] > 0]
     for _ in range(passes if len(live) else 0):
         blocks = _draw(live, size, generator)
-        within, feedback = hessian.new_zeros(len(blocks), size, size), hessian.new_zeros(len(blocks), size, size)
-        in_turn, precision = [], []
-        for index, columns in enumerate(blocks):
-            factor = _factor(hessian[columns][:, columns], weight.dtype)
-            columns, count = columns[factor.columns], len(columns)
-            within[index, :count, :count] = hessian[columns][:, columns]
-            feedback[index, :count, :count] = factor.feedback
-            in_turn.append(columns)
-            precision.append(factor.pivots.square().reciprocal().to(weight.dtype))
-        factors = (torch.cat(in_turn), within, feedback, torch.cat(precision))
-        gained = solver.descend_in_blocks(weight, codes, error, hessian, *factors, tables)
+        factors, failures = solver.factor_blocks(hessian, torch.cat([block.flip(0) for block in blocks]), size, _DAMPING)
+        if failures:
+            raise NumericalError(
+                f"{failures} of {len(blocks)} blocks of the Hessian are not positive definite, which they are if it is "
+                "a mean of x xᵀ: check the calibration statistics"
+            )
+        gained = solver.descend_in_blocks(weight, codes, error, hessian, factors, tables)
         loss = None if loss is None else loss + gained
     return Assignment(codes=codes, error=error, loss=loss)
 

@@ -7,7 +7,6 @@ Sorting long rows then takes most of the time. Where the levels are only a start
 histogram does instead: the values of a cell count as one value, their mean, with their weights summed.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,23 +52,27 @@ def kmeans_levels(
     """
     if cells is not None and rows.shape[1] < _VALUES_PER_CELL * cells:
         cells = None
+    if weights is not None:
+        _check(weights)
+    if cells is not None and solver.usable(rows):
+        shares = None if weights is None else weights.float()
+        operands = (rows, shares, levels, iterations)
+        return _finished(solver.cluster_in_cells(*operands, cells=cells, greedy=weights is not None), rows)
     rows_per_chunk = max(1, (_CHUNK_ELEMENTS if cells is None else _CHUNK_ELEMENTS_IN_CELLS) // rows.shape[1])
     chunks = torch.split(rows, rows_per_chunk)
-    starts: tuple[_Start, ...] = (_companded_start, _uniform_start)
     if weights is None and cells is None:
         ordered = (_unweighted(chunk) for chunk in chunks)
     else:
-        if weights is None:
-            weights = rows.new_ones(())
-        else:
-            _check(weights)
-            starts = (*starts, _greedy_start)
-        parts = torch.split(weights.expand_as(rows), rows_per_chunk)
+        parts = torch.split((rows.new_ones(()) if weights is None else weights).expand_as(rows), rows_per_chunk)
         prepare = _weighted if cells is None else partial(_histogram, cells=cells)
         ordered = (prepare(chunk, part) for chunk, part in zip(chunks, parts, strict=True))
-    found = torch.cat([_cluster(chunk, [start(chunk, levels) for start in starts], iterations) for chunk in ordered])
+    found = [_cluster(chunk, levels, iterations, greedy=weights is not None) for chunk in ordered]
+    return _finished(torch.cat(found), rows)
+
+
+def _finished(centers: Tensor, rows: Tensor) -> Tensor:
     # Rounding in the prefix sums can put two nearly equal means in the wrong order.
-    return found.to(rows.dtype).sort(dim=1).values
+    return centers.to(rows.dtype).sort(dim=1).values
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,10 +86,6 @@ class _Ordered:
     weights: Tensor
     mass: Tensor
     moment: Tensor
-
-
-_Start = Callable[[_Ordered, int], Tensor]
-"""Where Lloyd's algorithm starts: ascending (rows, levels)."""
 
 
 def _unweighted(rows: Tensor) -> _Ordered:
@@ -107,13 +106,13 @@ def _weighted(rows: Tensor, weights: Tensor) -> _Ordered:
 
 def _histogram(rows: Tensor, weights: Tensor, cells: int) -> _Ordered:
     """The cells' means and total weights, ascending; an empty cell repeats a neighbour's value, without weight."""
-    rows, weights = rows.float(), _relative(weights).float()
+    rows, weights = rows.double(), _relative(weights.float()).double()
     spread, middle = torch.std_mean(rows, dim=1, keepdim=True)
     # Cells widen towards the tails, so that far values share cells among themselves only and take none from the rest.
     centred = (rows - middle) / (_COMPANDING * torch.where(spread > 0, spread, 1.0))
     cell = (centred / (1 + centred.abs())).add_(1).mul_(cells / 2).long().clamp_(0, cells - 1)
-    mass = rows.new_zeros(len(rows), cells).scatter_add_(1, cell, weights).double()
-    moment = rows.new_zeros(len(rows), cells).scatter_add_(1, cell, weights * rows).double()
+    mass = rows.new_zeros(len(rows), cells).scatter_add_(1, cell, weights)
+    moment = rows.new_zeros(len(rows), cells).scatter_add_(1, cell, weights * rows)
     means = torch.where(mass > 0, moment / mass, -torch.inf).cummax(dim=1).values
     smallest = means.masked_fill(mass == 0, torch.inf).amin(dim=1, keepdim=True)
     return _with_prefix_sums(torch.maximum(means, smallest), mass)
@@ -131,7 +130,14 @@ def _with_prefix_sums(values: Tensor, weights: Tensor) -> _Ordered:
     return _Ordered(values=values, weights=weights, mass=mass, moment=moment)
 
 
-def _cluster(ordered: _Ordered, starts: list[Tensor], iterations: int) -> Tensor:
+def _cluster(ordered: _Ordered, levels: int, iterations: int, *, greedy: bool) -> Tensor:
+    """The best of Lloyd's algorithm from all starts: (rows, levels) float64."""
+    if solver.usable(ordered.values, dtype=torch.float64):
+        operands = (ordered.values, ordered.weights, ordered.mass, ordered.moment)
+        return solver.cluster(*operands, levels, iterations, greedy=greedy)
+    starts = [_companded_start(ordered, levels), _uniform_start(ordered, levels)]
+    if greedy:
+        starts.append(_greedy_start(ordered, levels))
     best = _lloyd(ordered, starts[0], iterations)
     least = _squared_error(ordered, best)
     for start in starts[1:]:
@@ -143,8 +149,6 @@ def _cluster(ordered: _Ordered, starts: list[Tensor], iterations: int) -> Tensor
 
 
 def _lloyd(ordered: _Ordered, centers: Tensor, iterations: int) -> Tensor:
-    if solver.usable(ordered.values, centers, dtype=torch.float64):
-        return solver.lloyd(ordered.values, ordered.mass, ordered.moment, centers, iterations)
     size = ordered.values.shape[1]
     for _ in range(iterations):
         inner_edges = torch.searchsorted(ordered.values, _midpoints(centers), right=True)

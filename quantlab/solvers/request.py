@@ -72,7 +72,12 @@ def stacked(parts: Sequence[QuantizedLayer]) -> QuantizedLayer:
 
 def with_loss(layer: QuantizedLayer, problem: LayerProblem, **diagnostics: float) -> QuantizedLayer:
     """The same layer, reporting its loss by the undamped Hessian beside other diagnostics."""
-    loss = layer_loss(problem.weight, layer.dequantize(), problem.require_hessian()).sum().item()
+    weight, weight_hat, hessian = problem.weight, layer.dequantize(), problem.require_hessian()
+    if solver.usable(weight, hessian):
+        losses = solver.row_losses(weight - weight_hat, hessian)
+    else:
+        losses = layer_loss(weight, weight_hat, hessian)
+    loss = losses.sum().item()
     return replace(layer, diagnostics={"loss": loss, **diagnostics})
 
 

@@ -40,7 +40,7 @@ BUDGETS = {
     ("add_outliers", None, None): (40,),
 }
 # Of the solvers: the sweep and block descent have two blocks of 256 threads per multiprocessor, coordinate descent one,
-# and the sum over rows of the Hessian, which lives on many loads under way, three.
+# and the sum over rows of the Hessian, which lives on many loads under way, three; k-means has four.
 SOLVER_BUDGETS = {
     "sweep_rows": 128,
     "descend_rows": 192,
@@ -50,7 +50,8 @@ SOLVER_BUDGETS = {
     "sum_by_code": 64,
     "solve_rows": 80,
     "look_up": 32,
-    "move_centers": 64,
+    "cluster_rows": 64,
+    "fill_cells": 64,
 }
 VARIANT = re.compile(
     r"(?P<kernel>\w+)<(?P<element>\w+)(?:, (?P<bits>\d), \(quantlab::Codebook\)(?P<codebook>\d)"
@@ -126,7 +127,7 @@ SOURCES = {
     (solver_cuda_library.SOURCE_FOLDER, "blocks.cu"): 3,
     (solver_cuda_library.SOURCE_FOLDER, "gram.cu"): 3 + 1,
     (solver_cuda_library.SOURCE_FOLDER, "levels.cu"): 2 + 2,
-    (solver_cuda_library.SOURCE_FOLDER, "kmeans.cu"): 1,
+    (solver_cuda_library.SOURCE_FOLDER, "kmeans.cu"): 2,
 }
 DEFAULT = {"matmul_small.cu", "sweep.cu"}  # on the first architecture
 

@@ -12,6 +12,7 @@ import torch
 
 from quantlab.api import CodebookSpec, Lut, UniformGrid, layer_loss
 from quantlab.solvers.blocks import descend_in_blocks
+from quantlab.solvers.cholesky import damped_cholesky
 from quantlab.solvers.codebook import CodebookFit, level_gram, refit_codebook
 from quantlab.solvers.descent import descend, relax, round_descending
 from quantlab.solvers.grid import minmax_grid
@@ -292,6 +293,34 @@ def test_block_descent_keeps_what_its_losses_say(rows, inputs, size, dead, devic
     torch.testing.assert_close(final.sum(), expected, rtol=5e-3, atol=0)
 
 
+def test_blocks_are_factored_with_more_damping_where_they_need_it(device):
+    _, hessian = problem(1, 20, torch.device("cpu"))
+    hessian[:8, :8] = 0.901 - 0.001 * torch.eye(8)  # the least eigenvalue is -0.001
+    order = torch.arange(20)
+    factors, failures = solver.factor_blocks(hessian.to(device), order.to(device), 8, 1e-4)
+    assert failures == 0
+    for index, inputs in enumerate(order.split(8)):
+        count, block = len(inputs), hessian[inputs][:, inputs]
+        exact = damped_cholesky(block, 1e-4)
+        assert (exact.damping > 1e-4) == (index == 0)
+        expected = exact.lower / exact.lower.diagonal()
+        assert torch.equal(on_host(factors.within[index, :count, :count]), block)
+        feedback = on_host(factors.feedback[index])
+        torch.testing.assert_close(feedback[:count, :count].double(), expected, rtol=1e-4, atol=1e-5)
+        assert (feedback[count:] == 0).all()
+        assert (feedback[:, count:] == 0).all()
+        assert torch.equal(on_host(factors.upper[index]), feedback.T)
+        precision = on_host(factors.precision)[8 * index : 8 * index + count].double()
+        torch.testing.assert_close(precision, exact.lower.diagonal() ** -2, rtol=1e-4, atol=0)
+    assert solver.factor_blocks(-hessian.to(device), order.to(device), 8, 1e-4)[1] == 3
+
+
+def test_losses_of_rows_are_those_of_float64(device):
+    error, hessian = problem(9, 40, device)
+    expected = layer_loss(error.double(), torch.zeros_like(error).double(), hessian.double())
+    torch.testing.assert_close(solver.row_losses(error, hessian), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("levels", [2, 4, 5, 16, 17])
 @pytest.mark.parametrize("inputs", [1, 33, 223, 225, 500])
 def test_gram_is_the_sum_of_the_hessian_over_pairs_of_codes(inputs, levels, device, kernels_run):
@@ -379,9 +408,33 @@ def test_kmeans_is_that_of_pytorch(levels, weighted, device, kernels_run, monkey
     rows[1, 3:] = rows[1, 0]  # three distinct values
     weights = rows[2].square().masked_fill(torch.arange(300, device=device) % 7 == 0, 0.0) if weighted else None
     native = kmeans_levels(rows, levels, 30, weights)
-    assert kernels_run == ["lloyd"] * (3 if weighted else 2)
+    assert kernels_run == ["cluster"]
     monkeypatch.setattr(solver_cuda_library.LIBRARY, "get", lambda: None)
     torch.testing.assert_close(native, kmeans_levels(rows, levels, 30, weights), rtol=1e-6, atol=1e-7)
+
+
+# Cells of one window in shared memory and of two; values of one batch and of two.
+@pytest.mark.parametrize(("cells", "values"), [(64, 600), (1100, 4500)])
+@pytest.mark.parametrize("weighted", ["not", "alike", "apart"])
+def test_kmeans_of_a_histogram_is_that_of_pytorch(weighted, cells, values, device, kernels_run, monkeypatch):
+    rows = torch.randn(4, values, generator=seeded(32)).pow(3).to(device)
+    rows[0, 5:] = rows[0, 0]
+    weights = torch.rand(4, values, generator=seeded(33)).to(device)
+    weights[:, ::5] = 0
+    weights = {"not": None, "alike": weights[0], "apart": weights}[weighted]
+    native = kmeans_levels(rows, 6, 20, weights, cells=cells)
+    assert kernels_run == ["fill_cells", "cluster"]
+    monkeypatch.setattr(solver_cuda_library.LIBRARY, "get", lambda: None)
+    expected = kmeans_levels(rows, 6, 20, weights, cells=cells)
+    torch.testing.assert_close(native, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_kmeans_of_few_values(device):
+    for values in (torch.zeros(3, 1), torch.ones(2, 2), torch.tensor([[3.0, 1.0, 2.0]])):
+        found = kmeans_levels(values.to(device), 4, 9)
+        assert torch.equal(
+            on_host(found).gather(1, (on_host(found) < values[:, :1]).sum(dim=1, keepdim=True)), values[:, :1]
+        )
 
 
 def everything(rows, device):
@@ -400,7 +453,7 @@ def everything(rows, device):
     return [
         *(swept.codes, swept.error, swept.loss, descended.codes, descended.error, descended.loss),
         *(blocks.codes, blocks.error, blocks.loss, gram, right, levels),
-        *(relax(weight, hessian, order), kmeans_levels(weight, 8, 9)),
+        *(relax(weight, hessian, order), kmeans_levels(weight, 8, 9, hessian.diagonal(), cells=16)),
     ]
 
 
@@ -512,9 +565,9 @@ def test_access_outside_of_a_buffer_is_noticed(guarded):
 
 
 def test_function_without_a_kernel_has_a_message(emulation):
-    values = torch.zeros(2, 9, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match=r"lloyd .* \(2, 9\) on cpu failed with status -1: not implemented"):
-        solver.lloyd(values, values, values, torch.zeros(2, 300, dtype=torch.float64), 3)
+    values, sums = torch.zeros(2, 9, dtype=torch.float64), torch.zeros(2, 10, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"cluster .* \(2, 9\) on cpu failed with status -1: not implemented"):
+        solver.cluster(values, values, sums, sums, 300, 3, greedy=False)
 
 
 def test_stages_need_the_library(emulation, monkeypatch):

@@ -10,6 +10,7 @@
 
 #include <cstring>
 
+#include "solver_cholesky.h"
 #include "solver_rounding.h"
 
 namespace solver {
@@ -132,10 +133,61 @@ void visit_block(const Blocks& blocks, const Rounder& round, int64_t first, Tile
     }
 }
 
+// Where the factors of one block go, each (size, size) but the last; see `Blocks`.
+struct BlockFactor {
+    float* within;
+    float* feedback;
+    float* upper;
+    float* precision;  // (size,)
+};
+
+// H_BB and its factors. While it is not positive definite with `damping` times its mean diagonal added, the damping is
+// multiplied by ten (as in cholesky.py), up to one; false if that is not enough.
+bool factor_block(const float* hessian, int64_t inputs, const int64_t* block, int64_t count, int64_t size,
+                  double damping, const BlockFactor& factor) {
+    double lower[MAX_BLOCK * MAX_BLOCK], mean = 0;
+    for (int64_t i = 0; i < count; ++i) mean += double(hessian[block[i] * inputs + block[i]]) / count;
+    for (bool solved = false; !solved; damping = std::min(10 * damping, 1.0)) {
+        for (int64_t i = 0; i < count; ++i) {
+            for (int64_t j = 0; j < count; ++j) {
+                factor.within[i * size + j] = hessian[block[i] * inputs + block[j]];
+                lower[i * count + j] = factor.within[i * size + j];
+            }
+            lower[i * count + i] += damping * mean;
+        }
+        solved = factorise(lower, count);
+        if (!solved && damping >= 1) return false;
+    }
+    for (int64_t j = 0; j < count; ++j) {
+        const double pivot = lower[j * count + j];
+        factor.precision[j] = static_cast<float>(1 / (pivot * pivot));
+        for (int64_t i = j; i < count; ++i) {
+            const float entry = static_cast<float>(lower[i * count + j] / pivot);
+            factor.feedback[i * size + j] = factor.upper[j * size + i] = entry;
+        }
+    }
+    return true;
+}
+
 }  // namespace
 }  // namespace solver
 
 using namespace solver;
+
+// Factor all blocks of `order` (visited,), each of `size` inputs but the last. The (blocks, size, size) arrays hold
+// zeros. Returns how many blocks are not positive semi-definite.
+SOLVER_API int64_t solver_factor_blocks(const float* hessian, int64_t inputs, const int64_t* order, int64_t visited,
+                                        int64_t size, double damping, float* within, float* feedback, float* upper,
+                                        float* precision, int threads) {
+    int64_t failed = 0;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(+ : failed)
+    for (int64_t first = 0; first < visited; first += size) {
+        const int64_t at = first * size;
+        const BlockFactor factor{within + at, feedback + at, upper + at, precision + first};
+        failed += !factor_block(hessian, inputs, order + first, std::min(size, visited - first), size, damping, factor);
+    }
+    return failed;
+}
 
 // Bytes of scratch memory for each thread of `solver_descend_in_blocks`.
 SOLVER_API int64_t solver_blocks_scratch(int64_t inputs) { return inputs * LANES * (2 * sizeof(float) + 1); }

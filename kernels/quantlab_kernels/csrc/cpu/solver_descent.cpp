@@ -124,12 +124,32 @@ void multiply_tile(const float* matrix, const float* hessian, TileRows rows, flo
     }
 }
 
+// e H e^T of every row: for each input, its error times the coupling to all inputs before it, twice, and to itself.
+void measure_tile(const float* error, const float* hessian, TileRows rows, float* tile, double* loss) {
+    alignas(ALIGNMENT) float sums[BLOCK * LANES];
+    const float* factors[BLOCK];
+    double total[LANES] = {};
+    load_tile(error, rows, nullptr, tile);
+    for (int64_t start = 0; start < rows.inputs; start += BLOCK) {
+        const int64_t count = std::min(BLOCK, rows.inputs - start);
+        std::memset(sums, 0, sizeof sums);
+        for (int64_t i = 0; i < count; ++i) factors[i] = hessian + (start + i) * rows.inputs;
+        accumulate(factors, count, tile, 0, start, sums);
+        for (int64_t at = 0; at < count * LANES; at += WIDTH) store(sums + at, 2 * load(sums + at));
+        accumulate(factors, count, tile, start, start + count, sums);
+        for (int64_t i = 0; i < count; ++i)
+            for (int64_t lane = 0; lane < LANES; ++lane)
+                total[lane] += double(sums[i * LANES + lane]) * tile[(start + i) * LANES + lane];
+    }
+    std::copy(total, total + rows.count, loss + rows.first);
+}
+
 }  // namespace
 }  // namespace solver
 
 using namespace solver;
 
-// Bytes of scratch memory for each thread of `solver_descend` and `solver_multiply`.
+// Bytes of scratch memory for each thread of the functions below.
 SOLVER_API int64_t solver_descent_scratch(int64_t inputs) {
     return (inputs * TILE_BYTES_PER_INPUT + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
@@ -151,4 +171,14 @@ SOLVER_API void solver_multiply(const float* matrix, const float* hessian, int64
     for (int64_t t = 0; t < tile_count(rows); ++t)
         multiply_tile(matrix, hessian, TileRows(t, rows, inputs),
                       reinterpret_cast<float*>(scratch + omp_get_thread_num() * scratch_bytes), product);
+}
+
+// loss = the diagonal of error H error^T, (rows,).
+SOLVER_API void solver_measure(const float* error, const float* hessian, int64_t rows, int64_t inputs, double* loss,
+                               char* scratch, int threads) {
+    const int64_t scratch_bytes = solver_descent_scratch(inputs);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t t = 0; t < tile_count(rows); ++t)
+        measure_tile(error, hessian, TileRows(t, rows, inputs),
+                     reinterpret_cast<float*>(scratch + omp_get_thread_num() * scratch_bytes), loss);
 }

@@ -12,8 +12,8 @@
 namespace solver {
 namespace {
 
-constexpr int64_t PANEL = 32;           // columns of U in a panel
-constexpr int64_t PANEL_ROWS = 1024;    // rows of U whose panel, 128 KiB, stays in the second-level cache
+constexpr int64_t PANEL = 4 * WIDTH;    // columns of U in a panel
+constexpr int64_t PANEL_ROWS = 256;     // rows of U whose panel, at most 64 KiB, stays near the core
 constexpr int64_t MAX_GROUP = 64;       // output rows that share a panel
 constexpr int64_t GROUP_FLOATS = 1 << 15;
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "solver_vector.h"
+#include "solver_cholesky.h"
 
 // sums[row][code] = sum of values[row][j] over inputs j with that code; (rows, levels)
 SOLVER_API void solver_sums_by_code(const uint8_t* codes, const float* values, int64_t rows, int64_t inputs,
@@ -42,19 +42,6 @@ SOLVER_API void solver_relabel(const uint8_t* codes, const uint8_t* table, int64
 
 namespace {
 
-// Turn the lower triangle of a matrix (size, size) into its Cholesky factor; false if it is not positive definite.
-bool factorise(double* matrix, int64_t size) {
-    double column[256];
-    for (int64_t c = 0; c < size; ++c) {
-        const double pivot = std::sqrt(matrix[c * size + c]);
-        if (!(pivot > 0)) return false;
-        for (int64_t r = c; r < size; ++r) column[r] = matrix[r * size + c] /= pivot;
-        for (int64_t r = c + 1; r < size; ++r)
-            for (int64_t k = c + 1; k <= r; ++k) matrix[r * size + k] -= column[r] * column[k];
-    }
-    return true;
-}
-
 // x = (L L^T)^-1 x
 void solve_factored(const double* lower, int64_t size, double* x) {
     for (int64_t r = 0; r < size; ++r) {
@@ -75,7 +62,7 @@ bool solve_row(const float* gram, int64_t size, double ridge, double* matrix, do
         for (int64_t c = 0; c < r; ++c) matrix[r * size + c] = scale[r] * gram[r * size + c] * scale[c];
         matrix[r * size + r] = scale[r] > 0 ? 1 + ridge : 1;
     }
-    if (!factorise(matrix, size)) return false;
+    if (!solver::factorise(matrix, size)) return false;
     for (int64_t k = 0; k < size; ++k) x[k] *= scale[k];
     solve_factored(matrix, size, x);
     for (int64_t k = 0; k < size; ++k) x[k] *= scale[k];

@@ -89,6 +89,23 @@ struct Blocks {
   int32_t size;
 };
 
+// k-means of every row.
+struct Cluster {
+  const double* values;   // (rows, size), ascending
+  const double* weights;  // (rows, size)
+  const double* mass;     // (rows, size + 1), prefix sums of the weights
+  const double* moment;   // (rows, size + 1), prefix sums of the weighted values
+  double* share;          // (rows, size), memory
+  double* cumulative;     // (rows, size), memory
+  int32_t* distinct;      // (rows, size), memory
+  double* centers;        // (rows, levels), written
+  int32_t rows;
+  int32_t size;
+  int32_t levels;
+  int32_t iterations;
+  int32_t greedy;         // whether to start at the costliest values, too
+};
+
 // Rows of a thread block of the sweep and of both descents.
 constexpr int kBlockRows = 32;
 
@@ -134,10 +151,13 @@ QUANTLAB_EXPORT int quantlab_solver_look_up(const uint8_t* codes, const void* ta
                                             int32_t levels, int32_t element_bytes, void* found, int32_t device,
                                             void* stream);
 
-// Lloyd's algorithm, `centers` (rows, levels) in place. values: (rows, size); mass and moment: (rows, size + 1).
-QUANTLAB_EXPORT int quantlab_solver_lloyd(const double* values, const double* mass, const double* moment, int32_t rows,
-                                          int32_t size, int32_t levels, int32_t iterations, double* centers,
-                                          int32_t device, void* stream);
+QUANTLAB_EXPORT int quantlab_solver_cluster(const quantlab::Cluster* cluster, int32_t device, void* stream);
+
+// A histogram of every row of values (rows, size), ready to be clustered. `weights` are null, or those of a row are
+// `weight_stride` behind those of the one before. means, masses: (rows, cells); mass, moment: (rows, cells + 1).
+QUANTLAB_EXPORT int quantlab_solver_fill_cells(const float* values, const float* weights, int64_t weight_stride,
+                                               int32_t rows, int32_t size, int32_t cells, double* means, double* masses,
+                                               double* mass, double* moment, int32_t device, void* stream);
 
 // Whether the library can work with the driver.
 QUANTLAB_EXPORT int quantlab_solver_probe();
