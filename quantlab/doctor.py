@@ -73,12 +73,12 @@ def kernel_states() -> dict[str, str]:
     """What every native library is doing, by name; compiles and loads those that this machine can use."""
     import torch
 
-    from quantlab_kernels import cpu, cuda_library, solver_library
+    from quantlab_kernels import cpu, cuda_library, solver_cuda_library, solver_library
 
-    states = {"cuda": "none: PyTorch sees no CUDA device"}
-    libraries = [cpu.LIBRARY, solver_library.LIBRARY]
+    libraries, for_cuda = [cpu.LIBRARY, solver_library.LIBRARY], [cuda_library.LIBRARY, solver_cuda_library.LIBRARY]
+    states = {library.name: "none: PyTorch sees no CUDA device" for library in for_cuda}
     if torch.cuda.is_available():
-        libraries.append(cuda_library.LIBRARY)
+        libraries += for_cuda
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # says what the state says
         for library in libraries:

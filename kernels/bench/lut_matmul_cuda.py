@@ -9,19 +9,17 @@ in one process. A time is the median over replays, per call; the spread is from 
 """
 
 import argparse
-import hashlib
 import json
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from cuda_device import describe_device, headline, require
 from torch import Tensor
 
-import quantlab_kernels
-from quantlab_kernels import cuda, cuda_library
+from quantlab_kernels import cuda, cuda_common, cuda_library
 from quantlab_kernels.cuda_layout import TILE_COLUMNS, TILE_ROWS, byte_planes, pad_rows
 from quantlab_kernels.cuda_library import Codebook
 
@@ -77,6 +75,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     arguments = parser.parse_args()
     if arguments.command == "run":
+        require(cuda_library.LIBRARY)
         record = measure(getattr(torch, arguments.dtype))
         arguments.file.write_text(json.dumps(record, indent=1) + "\n")
     print(render(json.loads(arguments.file.read_text())))
@@ -95,29 +94,10 @@ def measure(dtype: torch.dtype) -> dict[str, Any]:
                 for warps in WARPS if tokens == 1 else ():
                     rows.append(measure_kernel(x, out_features, bits, "row", warps))
     return {
-        "device": describe_device(),
+        "device": describe_device(cuda_library.LIBRARY, cuda_library.SOURCE_FOLDER),
         "dtype": str(dtype).removeprefix("torch."),
         "copy_gb_per_s": copy_speed(),
         "rows": [asdict(row) for row in rows],
-    }
-
-
-def describe_device() -> dict[str, Any]:
-    """Device, versions, and a hash of the sources that were compiled."""
-    device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem", "--format=csv,noheader"]
-    sources = sorted(path for path in cuda_library.SOURCE_FOLDER.rglob("*") if path.is_file())
-    return {
-        "name": device.name,
-        "capability": f"{device.major}.{device.minor}",
-        "multiprocessors": device.multi_processor_count,
-        "l2_bytes": device.L2_cache_size,
-        "driver_and_clocks": subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "nvcc": subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout.split()[-1],
-        "sources": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12],
-        "library": quantlab_kernels.status()["cuda"],
     }
 
 
@@ -174,8 +154,8 @@ def multiply(x: Tensor, weight: Prepared, warps: int | None = None) -> Tensor:
     if warps is None:
         return cuda.lut_matmul_prepared(x, weight.codes, weight.tables, None, weight.layout, None, *weight.outliers)
     y = x.new_empty(len(x), weight.layout[0])
-    described, stream = describe(x, weight), cuda_library.current_stream(x.device)
-    cuda_library.multiply(loaded_library(), described, x, None, y, warps=warps, stream=stream)
+    described, stream = describe(x, weight), cuda_common.current_stream(x.device)
+    cuda_library.multiply(cuda_library.LIBRARY.get(), described, x, None, y, warps=warps, stream=stream)
     return y
 
 
@@ -187,8 +167,10 @@ def check(x: Tensor, weight: Prepared) -> None:
     """
     out_features, in_features, *_ = weight.layout
     dense = x.new_empty(out_features, in_features)
-    described, stream = describe(x, weight), cuda_library.current_stream(x.device)
-    cuda_library.dequantize_rows(loaded_library(), described, dense, first_row=0, rows=out_features, stream=stream)
+    described, stream = describe(x, weight), cuda_common.current_stream(x.device)
+    cuda_library.dequantize_rows(
+        cuda_library.LIBRARY.get(), described, dense, first_row=0, rows=out_features, stream=stream
+    )
     expected = torch.nn.functional.linear(x.float(), dense.float())
     error = ((multiply(x, weight).float() - expected).norm() / expected.norm()).item()
     if not error < 0.01:
@@ -211,18 +193,6 @@ def describe(x: Tensor, weight: Prepared) -> cuda_library.Weight:
         codebook=Codebook(kind),
         dtype=x.dtype,
     )
-
-
-def loaded_library() -> Any:
-    """The compiled kernels.
-
-    Raises:
-        RuntimeError: they are not available.
-    """
-    library = cuda_library.LIBRARY.get()
-    if library is None:
-        raise RuntimeError(f"the CUDA kernels are not available: {cuda_library.LIBRARY.state}")
-    return library
 
 
 def copies(nbytes: int) -> int:
@@ -254,10 +224,8 @@ def time_calls(calls: list[Callable[[], object]]) -> tuple[float, float, float]:
 
 def render(record: dict[str, Any]) -> str:
     """The record as Markdown: every variant by tokens, then the warps that were tried, then the targets."""
-    device = record["device"]
     lines = [
-        f"{device['name']} (compute capability {device['capability']}), {record['dtype']}, torch {device['torch']}, "
-        f"CUDA {device['cuda']}, copy {record['copy_gb_per_s']:.0f} GB/s",
+        f"{headline(record['device'])}, {record['dtype']}, copy {record['copy_gb_per_s']:.0f} GB/s",
         "",
         "Cells: µs, times as fast as cuBLAS, share of the speed of the copy that reading the weight once comes to.",
     ]

@@ -23,7 +23,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from quantlab_kernels import cuda_library, reference
+from quantlab_kernels import cuda_common, cuda_library, reference
 from quantlab_kernels.cuda_layout import (
     HALF_COLUMNS,
     TILE_BITS,
@@ -171,7 +171,7 @@ def _multiply(library: ctypes.CDLL, weight: Weight, x: Tensor, bias: Tensor | No
     if y.numel() == 0:
         return y
     flat, result = x.reshape(-1, weight.k), y.view(-1, weight.n)
-    stream = cuda_library.current_stream(x.device)
+    stream = cuda_common.current_stream(x.device)
     if len(flat) <= _MAX_TOKENS[Codebook(weight.codebook)]:
         warps = warps_per_block(weight.n, weight.k, cuda_library.multiprocessors(x.device))
         cuda_library.multiply(library, weight, _vector_rows(flat), bias, result, warps=warps, stream=stream)

@@ -3,22 +3,18 @@
 import ctypes
 import enum
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quantlab_kernels.build import BuildError, Recipe
+from quantlab_kernels.cuda_common import check_driver, recipe_for_this_machine
 from quantlab_kernels.native import NativeLibrary
 
 SOURCE_FOLDER = Path(__file__).parent / "csrc" / "cuda"
 
 # Of a block of the kernel for few tokens (weight.h).
 MAX_WARPS = 16
-
-# mma.sync on 16 x 8 x 16 and cp.async begin with Ampere.
-OLDEST_CAPABILITY = (8, 0)
 
 
 class Codebook(enum.IntEnum):
@@ -151,37 +147,12 @@ def dequantize_rows(
     _check(library, status, weight, f"dequantizing rows {first_row} to {first_row + rows}")
 
 
-def compile_flags(architectures: Sequence[str]) -> tuple[str, ...]:
-    """Flags of nvcc for machine code of some architectures, such as "90"."""
-    targets = [flag for arch in architectures for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
-    return ("-std=c++20", "-O3", "-I", str(SOURCE_FOLDER / "device"), *targets)
-
-
-def cuda_recipe(architectures: Sequence[str]) -> Recipe:
-    """How to make the library for some architectures.
-
-    The runtime is linked statically, so that the library needs no CUDA of PyTorch's version, nor any to be loaded.
-    """
-    return Recipe(
-        name=f"cuda-sm{'-'.join(architectures)}",
-        sources=tuple(sorted(SOURCE_FOLDER.glob("*.cu"))),
-        headers=(*sorted(SOURCE_FOLDER.glob("*.h")), *sorted(SOURCE_FOLDER.rglob("*.cuh"))),
-        command=(
-            "nvcc",
-            *compile_flags(architectures),
-            "-shared",
-            "-cudart",
-            "static",
-            "--threads",
-            "0",
-            "-Xcompiler",
-            "-fPIC,-fvisibility=hidden",
-        ),
-    )
-
-
 def declare(library: ctypes.CDLL) -> None:
-    """Set the signatures of the functions."""
+    """Set the signatures of the functions.
+
+    Raises:
+        BuildError: the library cannot work with the driver.
+    """
     pointer, count = ctypes.c_void_p, ctypes.c_int32
     library.quantlab_cuda_matmul.argtypes = (
         ctypes.POINTER(Weight),
@@ -203,19 +174,7 @@ def declare(library: ctypes.CDLL) -> None:
         count,
         pointer,
     )
-    library.quantlab_cuda_error.argtypes = (ctypes.c_int,)
-    library.quantlab_cuda_error.restype = ctypes.c_char_p
-
-
-def _recipe_for_this_machine() -> Recipe:
-    # Code for the visible devices alone compiles in a fraction of the time of code for all.
-    capabilities = sorted({torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())})
-    architectures = [f"{major}{minor}" for major, minor in capabilities if (major, minor) >= OLDEST_CAPABILITY]
-    if not architectures:
-        raise BuildError(
-            f"the CUDA kernels need a device of compute capability {OLDEST_CAPABILITY} or newer; found {capabilities}"
-        )
-    return cuda_recipe(architectures)
+    check_driver(library, "quantlab_cuda")
 
 
 def _check(library: ctypes.CDLL, status: int, weight: Weight, action: str) -> None:
@@ -228,15 +187,10 @@ def _check(library: ctypes.CDLL, status: int, weight: Weight, action: str) -> No
     )
 
 
-LIBRARY = NativeLibrary("cuda", _recipe_for_this_machine, declare)
+LIBRARY = NativeLibrary("cuda", lambda: recipe_for_this_machine("cuda", SOURCE_FOLDER), declare)
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def current_stream(device: torch.device) -> int:
-    """Handle of the stream that PyTorch uses now."""
-    return torch.cuda.current_stream(device).cuda_stream

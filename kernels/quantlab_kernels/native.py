@@ -52,7 +52,7 @@ class NativeLibrary:
         Args:
             name: for `status`.
             recipe: how to make it on this machine; may raise BuildError.
-            declare: sets `argtypes` and `restype` of its functions.
+            declare: sets `argtypes` and `restype` of its functions; may raise BuildError if it cannot work here.
         """
         self.name = name
         self._recipe = recipe
@@ -86,11 +86,11 @@ class NativeLibrary:
         try:
             recipe = self._recipe()
             library = open_library(build_library(recipe))
+            self._declare(library)
         except BuildError as error:
             self._state = f"reference: {error}"
             _warn_once(str(error))
             return
-        self._declare(library)
         self._library = library
         self._state = recipe.name
 

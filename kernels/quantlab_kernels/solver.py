@@ -1,8 +1,11 @@
-"""Native stages of the solvers on the CPU, in float32; k-means is in float64.
+"""Native stages of the solvers, in float32; k-means is in float64.
 
 Operands are plain tensors; what they mean is told where the same stage is written in PyTorch, in `quantlab.solvers`.
 Every function needs the library: ask `usable` first. Each output row is computed by itself, in an order that depends
 neither on its neighbours nor on the number of threads, so results are equal bit for bit.
+
+What follows is for the CPU. Operands on CUDA go to the functions and classes of the same names in
+`quantlab_kernels.solver_cuda`.
 
 Kernels work on tiles of `LANES` output rows. Codebooks are brought into that form by `quantlab_kernels.solver_tiles`.
 """
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantlab_kernels import solver_cuda
 from quantlab_kernels.solver_library import LIBRARY, BlockOperands, DescentOperands, SweepOperands
 from quantlab_kernels.solver_tiles import LANES, TiledCodebooks
 
@@ -22,7 +26,9 @@ _DESCEND, _ROUND, _RELAX = range(3)
 
 
 def usable(*operands: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the library can take these operands: all on the CPU in this dtype, and the library is there."""
+    """Whether a library can take these operands: all on the same device in this dtype, and the library is there."""
+    if _on_cuda(operands[0]):
+        return solver_cuda.usable(*operands, dtype=dtype)
     suitable = all(operand.device.type == "cpu" and operand.dtype == dtype for operand in operands)
     return suitable and LIBRARY.get() is not None
 
@@ -40,6 +46,11 @@ class SweepProblem:
 
     def __init__(self, weight: Tensor, columns: Tensor, feedback: Tensor, energy: Tensor, shift: Tensor) -> None:
         self.shape = weight.shape
+        self._cuda = None
+        if _on_cuda(weight):
+            self._cuda = solver_cuda.SweepProblem(weight, columns, feedback, energy, shift)
+            self.codes, self.loss = self._cuda.codes, self._cuda.loss
+            return
         # The operands point into these tensors.
         self._tensors = (weight.contiguous(), columns.contiguous(), feedback.T.contiguous(), energy, shift)
         self._operands = SweepOperands(*(tensor.data_ptr() for tensor in self._tensors), *weight.shape)
@@ -48,6 +59,8 @@ class SweepProblem:
 
     def sweep(self, books: TiledCodebooks) -> Tensor:
         """Choose all codes; returns the error, (out_features, in_features)."""
+        if self._cuda is not None:
+            return self._cuda.sweep(books)
         threads = torch.get_num_threads()
         error = torch.empty(self.shape)
         scratch = torch.empty(threads, self.shape[1], LANES)
@@ -62,11 +75,15 @@ class BlockwiseSweep(SweepProblem):
 
     def __init__(self, weight: Tensor, columns: Tensor, feedback: Tensor, energy: Tensor, shift: Tensor) -> None:
         super().__init__(weight, columns, feedback, energy, shift)
+        if self._cuda is not None:
+            return
         self._tiles = torch.empty(-(-len(weight) // LANES), weight.shape[1], LANES)
         _library().solver_load_tiles(self._operands, self._tiles.data_ptr(), torch.get_num_threads())
 
     def targets(self, start: int, end: int) -> Tensor:
         """The weights of a block, shifted by the errors behind it: (tiles, columns, LANES)."""
+        if self._cuda is not None:
+            return self._cuda.targets(start, end)
         targets = torch.empty(len(self._tiles), end - start, LANES)
         _library().solver_block_targets(
             self._operands, start, end, *_pointers(self._tiles, targets), torch.get_num_threads()
@@ -75,6 +92,9 @@ class BlockwiseSweep(SweepProblem):
 
     def round(self, start: int, end: int, targets: Tensor, books: TiledCodebooks) -> None:
         """Choose the codes of a block for the targets that `targets` gave; they are overwritten."""
+        if self._cuda is not None:
+            self._cuda.round(start, end, targets, books)
+            return
         chosen = torch.empty(targets.shape, dtype=torch.uint8)
         _library().solver_round_block(
             self._operands,
@@ -87,6 +107,8 @@ class BlockwiseSweep(SweepProblem):
 
     def error(self) -> Tensor:
         """The error after the last block: (out_features, in_features)."""
+        if self._cuda is not None:
+            return self._cuda.error
         error = torch.empty(self.shape)
         _library().solver_store_tiles(self._operands, *_pointers(self._tiles, error), torch.get_num_threads())
         return error
@@ -111,11 +133,15 @@ def descend(
     Returns:
         (out_features,) float64, how far the losses fell.
     """
+    if _on_cuda(weight):
+        return solver_cuda.descend(weight, codes, error, hessian, order, books, sweeps=sweeps, closer=closer)
     return _descend(_DESCEND, hessian, order, codes, error, weight=weight, books=books, sweeps=sweeps, closer=closer)
 
 
 def round_descending(weight: Tensor, error: Tensor, hessian: Tensor, order: Tensor, books: TiledCodebooks) -> Tensor:
     """One pass that rounds every input at its minimum and changes `error` in place; returns the codes."""
+    if _on_cuda(weight):
+        return solver_cuda.round_descending(weight, error, hessian, order, books)
     codes = torch.empty(error.shape, dtype=torch.uint8)
     _descend(_ROUND, hessian, order, codes, error, weight=weight, books=books)
     return codes
@@ -123,6 +149,8 @@ def round_descending(weight: Tensor, error: Tensor, hessian: Tensor, order: Tens
 
 def relax(error: Tensor, hessian: Tensor, order: Tensor) -> None:
     """One pass without rounding, which changes `error` in place."""
+    if _on_cuda(error):
+        return solver_cuda.relax(error, hessian, order)
     _descend(_RELAX, hessian, order, None, error)
 
 
@@ -157,6 +185,9 @@ def factor_blocks(hessian: Tensor, order: Tensor, size: int, damping: float) -> 
     Returns:
         The factors, and how many blocks could not be factored.
     """
+    if _on_cuda(hessian):
+        (within, feedback, upper, precision), failures = solver_cuda.factor_blocks(hessian, order, size, damping)
+        return BlockFactors(order=order, within=within, feedback=feedback, upper=upper, precision=precision), failures
     hessian, order, blocks = hessian.contiguous(), order.contiguous(), -(-len(order) // size)
     within, feedback, upper = torch.zeros(3, blocks, size, size)
     factors = BlockFactors(
@@ -183,6 +214,9 @@ def descend_in_blocks(
     Returns:
         (out_features,) float64, by how much the losses changed: zero or negative.
     """
+    if _on_cuda(weight):
+        matrices = (factors.within, factors.feedback, factors.upper, factors.precision)
+        return solver_cuda.descend_in_blocks(weight, codes, error, hessian, factors.order, matrices, books)
     threads = torch.get_num_threads()
     gained = torch.zeros(len(weight), dtype=torch.float64)
     weight, hessian = weight.contiguous(), hessian.contiguous()
@@ -195,6 +229,8 @@ def descend_in_blocks(
 
 def multiply_symmetric(matrix: Tensor, hessian: Tensor) -> Tensor:
     """(rows, in_features) times a symmetric (in_features, in_features)."""
+    if _on_cuda(matrix):
+        return matrix @ hessian
     threads = torch.get_num_threads()
     matrix, hessian = matrix.contiguous(), hessian.contiguous()
     product = torch.empty(matrix.shape)
@@ -206,6 +242,8 @@ def multiply_symmetric(matrix: Tensor, hessian: Tensor) -> Tensor:
 
 def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
     """e H eᵀ of every row of an error (rows, in_features), for a symmetric H: (rows,) float64."""
+    if _on_cuda(error):
+        return ((error @ hessian) * error).sum(dim=1, dtype=torch.float64)
     threads = torch.get_num_threads()
     error, hessian = error.contiguous(), hessian.contiguous()
     loss = torch.empty(len(error), dtype=torch.float64)
@@ -218,12 +256,17 @@ class HessianTriangle:
     """The upper triangle of a Hessian (in_features, in_features), packed for sums over pairs of codes."""
 
     def __init__(self, hessian: Tensor) -> None:
+        if _on_cuda(hessian):
+            self._packed = hessian  # read as it is
+            return
         library, in_features, hessian = _library(), len(hessian), hessian.contiguous()
         self._packed = torch.empty(library.solver_triangle_floats(in_features))
         library.solver_pack_triangle(hessian.data_ptr(), in_features, self._packed.data_ptr(), torch.get_num_threads())
 
     def level_gram(self, codes: Tensor, levels: int) -> Tensor:
         """Sums of H over pairs of codes: (rows, levels, levels) for codes (rows, in_features) uint8 below `levels`."""
+        if _on_cuda(codes):
+            return solver_cuda.level_gram(codes, self._packed, levels)
         library, threads, codes = _library(), torch.get_num_threads(), codes.contiguous()
         gram = torch.empty(len(codes), levels, levels)
         scratch = torch.empty(threads * library.solver_gram_scratch(codes.shape[1], levels), dtype=torch.uint8)
@@ -245,6 +288,8 @@ def solve_levels(gram: Tensor, right: Tensor, *, ridge: float, growth: float, at
     Returns:
         x, (rows, levels) float64, and how many rows could not be solved.
     """
+    if _on_cuda(gram):
+        return solver_cuda.solve_levels(gram, right, ridge=ridge, growth=growth, attempts=attempts)
     threads, (rows, levels) = torch.get_num_threads(), right.shape
     gram, solution = gram.contiguous(), right.clone(memory_format=torch.contiguous_format)
     scratch = torch.empty(threads, levels, levels, dtype=torch.float64)
@@ -254,6 +299,8 @@ def solve_levels(gram: Tensor, right: Tensor, *, ridge: float, growth: float, at
 
 def sums_by_code(codes: Tensor, values: Tensor, levels: int) -> Tensor:
     """Sums of values (rows, in_features) over inputs with the same code: (rows, levels) float64."""
+    if _on_cuda(values):
+        return solver_cuda.sums_by_code(codes, values, levels)
     codes, values = codes.contiguous(), values.contiguous()
     sums = torch.empty(len(codes), levels, dtype=torch.float64)
     _library().solver_sums_by_code(
@@ -289,6 +336,8 @@ def cluster(
     Returns:
         (rows, levels) float64.
     """
+    if _on_cuda(values):
+        return solver_cuda.cluster(values, weights, mass, moment, levels, iterations, greedy=greedy)
     values, weights, mass, moment = (tensor.contiguous() for tensor in (values, weights, mass, moment))
     centers = torch.empty(len(values), levels, dtype=torch.float64)
     shape = (*values.shape, levels, iterations, int(greedy))
@@ -313,14 +362,14 @@ def cluster_in_cells(
     Returns:
         (rows, levels) float64.
     """
+    if _on_cuda(values):
+        return solver_cuda.cluster_in_cells(values, weights, levels, iterations, cells=cells, greedy=greedy)
     values, weights = values.contiguous(), None if weights is None else weights.contiguous()
     centers = torch.empty(len(values), levels, dtype=torch.float64)
     pointers = (values.data_ptr(), None if weights is None else weights.data_ptr())
     stride = 0 if weights is None or weights.ndim == 1 else values.shape[1]
     shape, scratch = (*values.shape, cells, levels, iterations, int(greedy)), _cluster_scratch(cells, levels)
-    _library().solver_cluster_in_cells(
-        *pointers, stride, *shape, *_pointers(centers, scratch), torch.get_num_threads()
-    )
+    _library().solver_cluster_in_cells(*pointers, stride, *shape, *_pointers(centers, scratch), torch.get_num_threads())
     return centers
 
 
@@ -328,7 +377,13 @@ def _cluster_scratch(size: int, levels: int) -> Tensor:
     return torch.empty(torch.get_num_threads() * _library().solver_kmeans_scratch(size, levels), dtype=torch.uint8)
 
 
+def _on_cuda(operand: Tensor) -> bool:
+    return operand.is_cuda
+
+
 def _look_up(function: str, codes: Tensor, table: Tensor) -> Tensor:
+    if _on_cuda(table):
+        return solver_cuda.look_up(codes, table)
     codes, table = codes.contiguous(), table.contiguous()
     found = torch.empty(codes.shape, dtype=table.dtype)
     operands = (*_pointers(codes, table), *codes.shape, table.shape[1], found.data_ptr())

@@ -45,14 +45,14 @@ def working_dtype(*operands: Tensor) -> torch.dtype:
 def row_chunks(weight: Tensor) -> list[slice]:
     """The rows to solve at a time, for methods that treat rows by themselves: it bounds their working memory.
 
-    The native solvers give the same answer whatever the chunks are. PyTorch takes all rows at once, because there a
-    step takes about as long for few rows as for many.
+    The native solvers give the same answer whatever the chunks are. PyTorch and CUDA take all rows at once, because
+    there a step takes about as long for few rows as for many.
 
     Args:
         weight: (out_features, in_features).
     """
     rows = len(weight)
-    if not solver.usable(weight):
+    if weight.is_cuda or not solver.usable(weight):
         return [slice(0, rows)]
     size = max(-(-rows // _CHUNKS), _FEWEST_ROWS_PER_THREAD * torch.get_num_threads())
     return [slice(start, start + size) for start in range(0, rows, size)]

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantlab_kernels import cuda, cuda_library, pack_codes, uniform_levels
+from quantlab_kernels import (
+    cuda,
+    cuda_common,
+    cuda_library,
+    pack_codes,
+    solver,
+    solver_cuda_library,
+    solver_library,
+    uniform_levels,
+)
 from quantlab_kernels.build import Recipe, build_library
 
 EMULATION = Path(__file__).parent / "emulation"
@@ -122,20 +131,27 @@ def host_library():
     """The sources of the kernels, compiled for the host against the emulation; and faulty kernels beside them."""
     if shutil.which("nvcc") is None:
         pytest.skip("the headers of the CUDA toolkit, found by nvcc, are needed")
-    cuda_sources = cuda_library.cuda_recipe(["80"])
+    folders = (cuda_library.SOURCE_FOLDER, solver_cuda_library.SOURCE_FOLDER)
+    kernels = [cuda_common.cuda_recipe("any", folder, ["80"]) for folder in folders]
     recipe = Recipe(
         name="cuda-on-host",
-        sources=(*cuda_sources.sources, *sorted(EMULATION.glob("*.cu")), *sorted(EMULATION.glob("*.cpp"))),
-        headers=(*cuda_sources.headers, *EMULATION.glob("*.h"), *EMULATION.glob("*.cuh")),
+        sources=(
+            *(source for recipe in kernels for source in recipe.sources),
+            *sorted(EMULATION.glob("*.cu")),
+            *sorted(EMULATION.glob("*.cpp")),
+        ),
+        headers=(*(header for recipe in kernels for header in recipe.headers), *sorted(EMULATION.glob("*.*h"))),
         # Little optimization: compiling takes most of the time of these tests.
         command=(
-            *("nvcc", "-std=c++20", "-O1", "-shared", "-cudart", "none", "-x", "c++"),
-            *("-I", str(EMULATION), "-I", str(cuda_library.SOURCE_FOLDER)),
-            *("-Xcompiler", f"-fPIC,-fvisibility=hidden,-fno-strict-aliasing,-Werror,{WARNINGS}"),
+            *("nvcc", "-std=c++20", "-O1", "-shared", "-cudart", "none", "-x", "c++", "--threads", "0"),
+            *("-I", str(EMULATION)),
+            *("-Xcompiler", f"-fPIC,-fvisibility=hidden,-fno-strict-aliasing,-ffp-contract=off,-Werror,{WARNINGS}"),
+            *("-Xcompiler", "-fsanitize=alignment,-fsanitize-undefined-trap-on-error"),
         ),
     )
     library = ctypes.CDLL(str(build_library(recipe)))
     cuda_library.declare(library)
+    solver_cuda_library.declare(library)
     library.emulation_set_order.argtypes = (ctypes.c_int, ctypes.c_uint)
     library.emulation_allocate.argtypes = (ctypes.c_size_t,)
     library.emulation_allocate.restype = ctypes.c_void_p
@@ -145,9 +161,12 @@ def host_library():
 
 @pytest.fixture
 def emulation(host_library, monkeypatch):
-    """Lets `quantlab_kernels.cuda` run on the CPU for the length of a test."""
+    """Lets the CUDA kernels run on the CPU for the length of a test; the solvers take them for all operands."""
     monkeypatch.setattr(cuda_library.LIBRARY, "get", lambda: host_library)
-    monkeypatch.setattr(cuda_library, "current_stream", lambda device: 0)
+    monkeypatch.setattr(solver_cuda_library.LIBRARY, "get", lambda: host_library)
+    monkeypatch.setattr(solver_library.LIBRARY, "get", lambda: None)
+    monkeypatch.setattr(solver, "_on_cuda", lambda operand: True)
+    monkeypatch.setattr(cuda_common, "current_stream", lambda device: 0)
     monkeypatch.setattr(cuda_library, "multiprocessors", lambda device: 4)
     host_library.emulation_set_order(0, 0)
     return host_library

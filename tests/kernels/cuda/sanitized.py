@@ -2,7 +2,8 @@
 
 import torch
 
-from quantlab_kernels import cuda, pack_codes
+from quantlab_kernels import cuda, pack_codes, solver
+from quantlab_kernels.solver_tiles import tile_grid, tile_table
 
 ROWS, COLUMNS, ENTRIES = 37, 192, 50
 
@@ -22,4 +23,32 @@ for dtype in (torch.float16, torch.bfloat16):
                 x = torch.randn(tokens, COLUMNS, device="cuda").to(dtype)
                 cuda.lut_matmul_prepared(x, weight.codes, weight.codebook, None, weight.layout, bias, *outliers)
                 cuda.lut_matmul(x, packed_codes, codebook, bias, *outliers, zero)
+
+INPUTS, GROUPS, SIZE = 135, 5, 50
+weight, error = torch.randn(2, ROWS, INPUTS, device="cuda")
+hessian = torch.eye(INPUTS, device="cuda") + 0.1
+assert solver.usable(weight, hessian), "the kernels are not available"
+order = torch.randperm(INPUTS, device="cuda")
+feedback, unit = (0.1 * torch.randn(INPUTS, INPUTS, device="cuda")).tril(-1).fill_diagonal_(1), hessian.diagonal()
+for groups in (1, GROUPS):
+    levels = torch.randn(ROWS, groups, 40, device="cuda").sort(dim=2).values
+    tables = [table[..., :count] for table, count in ((levels, 8), (levels, 40))]
+    books = [tile_table(table.contiguous(), table.unfold(2, 2, 1).mean(dim=3), INPUTS) for table in tables]
+    books.append(tile_grid(torch.ones(ROWS, groups, device="cuda"), torch.ones(ROWS, groups, device="cuda"), 2, INPUTS))
+    for book in books:
+        solver.SweepProblem(weight, order, feedback, unit, unit).sweep(book)
+        blockwise = solver.BlockwiseSweep(weight, order, feedback, unit, unit)
+        for end in range(INPUTS, 0, -SIZE):
+            start = max(0, end - SIZE)
+            blockwise.round(start, end, blockwise.targets(start, end), book)
+        codes = solver.round_descending(weight, error, hessian, order, book)
+        solver.descend(weight, codes, error, hessian, order, book, sweeps=2, closer=1.0)
+solver.relax(error, hessian, order)
+for count in (3, 8, 40):
+    codes = torch.randint(0, count, (ROWS, INPUTS), dtype=torch.uint8, device="cuda")
+    gram = solver.HessianTriangle(hessian).level_gram(codes, count)
+    right = solver.sums_by_code(codes, weight, count)
+    solution, _ = solver.solve_levels(gram, right, ridge=1e-6, growth=100.0, attempts=3)
+    solver.relabel(codes, codes[:, :count])
+    solver.select_levels(codes, solution.float())
 torch.cuda.synchronize()

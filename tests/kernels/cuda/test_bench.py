@@ -1,20 +1,35 @@
-"""The table of the benchmark, from a made-up record: the measurement itself needs a device."""
+"""The benchmarks on CUDA: their tables from made-up records, and their stages by emulation. Times need a device."""
 
 import importlib.util
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
-SCRIPT = Path(__file__).parents[3] / "kernels" / "bench" / "lut_matmul_cuda.py"
+FOLDER = Path(__file__).parents[3] / "kernels" / "bench"
 
 
-@pytest.fixture(scope="module")
-def bench():
-    specification = importlib.util.spec_from_file_location("bench_lut_matmul_cuda", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a script of the benchmarks, which import each other as scripts do."""
+
+    def load_script(name):
+        monkeypatch.syspath_prepend(FOLDER)
+        specification = importlib.util.spec_from_file_location(f"bench_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(specification)
+        monkeypatch.setitem(sys.modules, specification.name, module)
+        specification.loader.exec_module(module)
+        return module
+
+    return load_script
+
+
+@pytest.fixture
+def bench(load):
+    return load("lut_matmul_cuda")
 
 
 @pytest.fixture
@@ -65,5 +80,40 @@ def test_missing_shapes_of_the_targets_are_said_to_be_missing(bench, record):
 
 def test_first_line_names_device_and_versions(bench, record):
     assert bench.render(record).splitlines()[0] == (
-        "Invented 1 (compute capability 9.0), float16, torch 2.13.0, CUDA 13.0, copy 2000 GB/s"
+        "Invented 1 (compute capability 9.0), torch 2.13.0, CUDA 13.0, float16, copy 2000 GB/s"
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+@pytest.mark.parametrize("script", ["lut_matmul_cuda", "solver_cuda"])
+def test_nothing_is_measured_without_a_device(script, tmp_path):
+    record = tmp_path / "record.json"
+    command = [sys.executable, str(FOLDER / f"{script}.py"), "run", str(record)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("nothing to measure: PyTorch")
+    assert len(result.stderr.splitlines()) == 1
+    assert not record.exists()
+
+
+def test_every_stage_of_the_solvers_is_as_good_as_in_pytorch(load, emulation, monkeypatch):
+    bench = load("solver_cuda")
+    monkeypatch.setattr(bench, "milliseconds", lambda call, repetitions: float(repetitions))
+    weight, hessian = bench.layer(9, 128, device="cpu")
+    for call in bench.stages(weight, hessian, 2).values():
+        assert bench.pytorch_ms(call) == 1.0
+
+
+def test_stages_are_compared_with_a_product_and_with_pytorch(load, record):
+    bench = load("solver_cuda")
+    rows = [
+        bench.Row(4096, 4096, 4, "sweep, tables", 3.0, 2.0, 600.0),
+        bench.Row(4096, 4096, 3, "sweep, tables", 2.0, 2.0, None),
+        bench.Row(4096, 4096, 4, "k-means", 1.0, 2.0, 10.0),
+    ]
+    lines = bench.render({"device": record["device"], "rows": [asdict(row) for row in rows]}).splitlines()
+    assert lines[0] == "Invented 1 (compute capability 9.0), torch 2.13.0, CUDA 13.0"
+    assert "### 4096 x 4096, one product 2.00 ms" in lines
+    assert "| stage | 4 bits | 3 bits |" in lines
+    assert "| sweep, tables | 3.00, 1.5, 200x | 2.00, 1.0 |" in lines
+    assert "| k-means | 1.00, 0.5, 10x |  |" in lines

@@ -26,4 +26,6 @@ QUANTLAB_EXPORT int quantlab_cuda_dequantize(const Weight* weight, void* dense, 
   return quantlab::launch_dequantize(*weight, dense, stride, first_row, rows, stream);
 }
 
+QUANTLAB_EXPORT int quantlab_cuda_probe() { return quantlab::probe(); }
+
 QUANTLAB_EXPORT const char* quantlab_cuda_error(int status) { return quantlab::error_string(status); }

@@ -124,7 +124,7 @@ struct Table {
  private:
   template <typename T>
   static __device__ __forceinline__ uint32_t pack(float first, float second) {
-    const T halves[2] = {T(first), T(second)};
+    alignas(4) const T halves[2] = {T(first), T(second)};
     return *reinterpret_cast<const uint32_t*>(halves);
   }
 

@@ -79,5 +79,8 @@ QUANTLAB_EXPORT int quantlab_cuda_matmul(const quantlab::Weight* weight, const v
 QUANTLAB_EXPORT int quantlab_cuda_dequantize(const quantlab::Weight* weight, void* dense, int64_t stride,
                                              int32_t first_row, int32_t rows, int32_t device, void* stream);
 
+// Whether the library can work with the driver.
+QUANTLAB_EXPORT int quantlab_cuda_probe();
+
 // What a positive status means.
 QUANTLAB_EXPORT const char* quantlab_cuda_error(int status);

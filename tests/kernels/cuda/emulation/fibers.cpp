@@ -14,10 +14,22 @@ constexpr size_t kCopyBytes = 16;
 constexpr size_t kBufferAlignment = 16;
 
 void enter_fiber() {
-  Fiber* const self = machine().current;
   machine().kernel();
-  self->done = true;
-  swapcontext(&self->context, &machine().scheduler);
+  machine().current->done = true;
+  _longjmp(machine().scheduler, 1);
+}
+
+// Lets a fiber run until it waits or is done.
+void resume(Fiber& fiber) {
+  machine().current = &fiber;
+  if (_setjmp(machine().scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
+
+void suspend(Fiber& fiber) {
+  if (_setjmp(fiber.place) == 0) _longjmp(machine().scheduler, 1);
 }
 
 void start_block(Position block) {
@@ -33,7 +45,7 @@ void start_block(Position block) {
     fiber.thread = {index % block.x, index / block.x % block.y, index / plane};
     fiber.lane = static_cast<int>(i) % kLanes;
     fiber.warp = static_cast<int>(i) / kLanes;
-    fiber.waiting = fiber.done = false;
+    fiber.started = fiber.waiting = fiber.done = false;
     fiber.exchanges = 0;
     fiber.shared_bytes = 0;
     fiber.copies.assign(1, {});
@@ -59,18 +71,19 @@ void run_block() {
       finished = finished && fiber.done;
       if (fiber.done || fiber.waiting) continue;
       progress = true;
-      m.current = &fiber;
-      swapcontext(&m.scheduler, &fiber.context);
+      resume(fiber);
     }
     if (finished) return;
     if (!progress) fail(kDeadlock);
   }
 }
 
-void on_access_violation(int) { siglongjmp(machine().failure, kOutsideOfBuffer); }
+constexpr int kSignals[] = {SIGSEGV, SIGILL};
 
-// Turns the signal of a guard page into a status while a launch runs; the handler needs a stack of its own, since
-// that of a fiber is small.
+// A guard page was touched, or the alignment check of the compiler, which ends in an illegal instruction, failed.
+void on_signal(int signal) { siglongjmp(machine().failure, signal == SIGSEGV ? kOutsideOfBuffer : kMisaligned); }
+
+// Turns signals into a status while a launch runs; the handler needs a stack of its own, since that of a fiber is small.
 class AccessGuard {
  public:
   AccessGuard() : stack_(SIGSTKSZ) {
@@ -79,19 +92,19 @@ class AccessGuard {
     stack.ss_size = stack_.size();
     sigaltstack(&stack, &previous_stack_);
     struct sigaction action {};
-    action.sa_handler = on_access_violation;
+    action.sa_handler = on_signal;
     action.sa_flags = SA_ONSTACK | SA_NODEFER;
-    sigaction(SIGSEGV, &action, &previous_action_);
+    for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &action, &previous_actions_[i]);
   }
   ~AccessGuard() {
-    sigaction(SIGSEGV, &previous_action_, nullptr);
+    for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &previous_actions_[i], nullptr);
     sigaltstack(&previous_stack_, nullptr);
   }
 
  private:
   std::vector<char> stack_;
   stack_t previous_stack_;
-  struct sigaction previous_action_;
+  struct sigaction previous_actions_[2];
 };
 
 size_t page_bytes() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
@@ -111,8 +124,10 @@ int run(Position grid, Position block, std::function<void()> kernel) {
   Machine& m = machine();
   const size_t threads = static_cast<size_t>(block.x) * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads) return kTooManyThreads;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > kMaxGridSide || grid.z > kMaxGridSide) return kWrongGrid;
   const AccessGuard guard;
   m.kernel = std::move(kernel);
+  m.grid_size = grid;
   m.block_size = block;
   m.fibers.resize(threads);
   if (const int status = sigsetjmp(m.failure, 1)) return status;
@@ -129,8 +144,7 @@ int run(Position grid, Position block, std::function<void()> kernel) {
 }
 
 void wait(Barrier& barrier) {
-  Machine& m = machine();
-  Fiber* const self = m.current;
+  Fiber* const self = machine().current;
   barrier.waiting.push_back(self);
   if (barrier.waiting.size() == barrier.members) {
     for (Fiber* fiber : barrier.waiting) fiber->waiting = false;
@@ -138,7 +152,7 @@ void wait(Barrier& barrier) {
     return;
   }
   self->waiting = true;
-  swapcontext(&self->context, &m.scheduler);
+  suspend(*self);
 }
 
 const char* exchange(const void* value, size_t bytes) {

@@ -25,9 +25,11 @@ constexpr int kDeadlock = 9002;
 constexpr int kTooMuchSharedMemory = 9003;
 constexpr int kTooManyThreads = 9004;
 constexpr int kMisaligned = 9005;
+constexpr int kWrongGrid = 9006;
 
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
+constexpr unsigned kMaxGridSide = 65535;  // in y and z
 constexpr size_t kSharedBytes = 48 << 10;  // what a kernel may declare without asking
 constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kSlotBytes = 32;          // what a lane can hand to its warp at once
@@ -42,11 +44,12 @@ struct PendingCopy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it begins
+  jmp_buf place;       // where it goes on; unlike swapcontext, a jump makes no system call
   std::vector<char> stack = std::vector<char>(kStackBytes);
   Position thread;
   int lane, warp;
-  bool waiting, done;
+  bool started, waiting, done;
   unsigned exchanges;   // collectives of the warp so far
   size_t shared_bytes;  // declared so far: all threads declare the same arrays in the same order
   std::vector<std::vector<PendingCopy>> copies;  // by group; the last one is open
@@ -60,14 +63,14 @@ struct Barrier {
 struct Machine {
   Order order = Order::kForward;
   std::mt19937 random;
-  Position block_index, block_size;
+  Position grid_size, block_index, block_size;
   std::vector<Fiber> fibers;
   std::vector<Barrier> warps;
   Barrier block;
   // By parity of the exchange, warp, lane: a lane is at most one exchange ahead of the slowest of its warp.
   std::vector<char> slots[2];
   alignas(128) char shared[kSharedBytes];
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   Fiber* current = nullptr;
   std::function<void()> kernel;
   sigjmp_buf failure;

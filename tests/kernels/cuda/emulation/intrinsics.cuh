@@ -6,21 +6,25 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "fibers.h"
 
 #undef __global__
+#undef __host__
 #undef __device__
 #undef __forceinline__
 #undef __launch_bounds__
 #define __global__
+#define __host__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
 #define threadIdx (emulation::machine().current->thread)
+#define gridDim (emulation::machine().grid_size)
 #define blockIdx (emulation::machine().block_index)
 #define blockDim (emulation::machine().block_size)
 #define __syncthreads() emulation::wait_for_block()
@@ -30,16 +34,33 @@
 
 namespace quantlab {
 
+using std::max;
 using std::min;
 
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(value); }
 
-inline float __shfl_xor_sync(uint32_t, float value, int mask) {
-  const int source = emulation::machine().current->lane ^ mask;
-  float result;
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+
+template <typename T>
+T __shfl_sync(uint32_t, T value, int source) {
+  T result;
   std::memcpy(&result, emulation::exchange(&value, sizeof value) + source * emulation::kSlotBytes, sizeof result);
   return result;
 }
+
+template <typename T>
+T __shfl_xor_sync(uint32_t mask, T value, int distance) {
+  return __shfl_sync(mask, value, emulation::machine().current->lane ^ distance);
+}
+
+inline unsigned __ballot_sync(uint32_t, bool vote) {
+  const char* const lanes = emulation::exchange(&vote, sizeof vote);
+  unsigned votes = 0;
+  for (int lane = 0; lane < emulation::kLanes; ++lane) votes |= (lanes[lane * emulation::kSlotBytes] != 0) << lane;
+  return votes;
+}
+
+inline void __syncwarp() { emulation::exchange(nullptr, 0); }
 
 // PRMT in its default mode, as the PTX manual defines it.
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
@@ -114,6 +135,8 @@ class DeviceGuard {
   int status() const { return 0; }
 };
 
+inline int probe() { return 0; }
+
 inline const char* error_string(int status) {
   switch (status) {
     case emulation::kOutsideOfBuffer:
@@ -124,6 +147,8 @@ inline const char* error_string(int status) {
       return "more than 48 KiB of shared memory";
     case emulation::kTooManyThreads:
       return "no thread, or more than 1024, in a block";
+    case emulation::kWrongGrid:
+      return "an empty grid, or more than 65535 blocks in y or z";
     case emulation::kMisaligned:
       return "a misaligned vector access";
     default:

@@ -68,7 +68,8 @@ __device__ __forceinline__ void wait_copies() {
 }
 
 // sums += A B for A (16, 16) by rows and B (16, 8) by columns. Lane 4 g + t holds rows g and g + 8 of A, column g of
-// B, and rows g and g + 8, columns 2 t and 2 t + 1, of the sums.
+// B, and rows g and g + 8, columns 2 t and 2 t + 1, of the sums. Volatile, since all lanes must arrive at it: the compiler
+// must not move it into a branch that some of them take.
 template <typename T>
 __device__ __forceinline__ void multiply_accumulate(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                                     uint32_t a3, uint32_t b0, uint32_t b1);
@@ -76,7 +77,7 @@ __device__ __forceinline__ void multiply_accumulate(float (&sums)[4], uint32_t a
 template <>
 __device__ __forceinline__ void multiply_accumulate<__half>(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                                             uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm(
+  asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
@@ -87,7 +88,7 @@ template <>
 __device__ __forceinline__ void multiply_accumulate<__nv_bfloat16>(float (&sums)[4], uint32_t a0, uint32_t a1,
                                                                    uint32_t a2, uint32_t a3, uint32_t b0,
                                                                    uint32_t b1) {
-  asm(
+  asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
@@ -105,10 +106,12 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     status_ = cudaGetDevice(&previous_);
-    if (status_ == cudaSuccess && previous_ != device) status_ = cudaSetDevice(device);
+    changed_ = status_ == cudaSuccess && previous_ != device;
+    if (changed_) status_ = cudaSetDevice(device);
+    if (status_ != cudaSuccess) cudaGetLastError();  // or the next launch would report it once more
   }
   ~DeviceGuard() {
-    if (status_ == cudaSuccess) cudaSetDevice(previous_);
+    if (changed_) cudaSetDevice(previous_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
@@ -116,8 +119,17 @@ class DeviceGuard {
 
  private:
   int previous_ = 0;
+  bool changed_ = false;
   cudaError_t status_;
 };
+
+// Whether the driver is new enough for the runtime that this library is linked with, and everything else is in order.
+inline int probe() {
+  int device;
+  const cudaError_t status = cudaGetDevice(&device);
+  cudaGetLastError();
+  return static_cast<int>(status);
+}
 
 inline const char* error_string(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 
