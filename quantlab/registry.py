@@ -77,8 +77,7 @@ def unreadable() -> dict[str, str]:
         try:
             _entries_of(distribution)
         except Exception as error:  # as in `_all_claims`
-            name = distribution.metadata.get("Name") or "an unknown distribution"
-            reasons[name] = f"{type(error).__name__}: {error}"
+            reasons[_name_of(distribution)] = f"{type(error).__name__}: {error}"
     return reasons
 
 
@@ -300,13 +299,11 @@ def _entries_of(distribution: Distribution) -> list[PluginEntry]:
     points = distribution.entry_points.select(group=ENTRY_POINT_GROUP)
     if not points:
         return []
-    name, version = distribution.metadata.get("Name"), distribution.metadata.get("Version")
-    return [
-        PluginEntry(
-            name=point.name,
-            target=point.value,
-            distribution=name or "an unknown distribution",  # without readable metadata
-            version=version or "unknown",
-        )
-        for point in points
-    ]
+    name, metadata = _name_of(distribution), distribution.metadata
+    version = metadata["Version"] if "Version" in metadata else "unknown"
+    return [PluginEntry(name=point.name, target=point.value, distribution=name, version=version) for point in points]
+
+
+def _name_of(distribution: Distribution) -> str:
+    metadata = distribution.metadata
+    return metadata["Name"] if "Name" in metadata else "an unknown distribution"
