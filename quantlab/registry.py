@@ -300,10 +300,10 @@ def _entries_of(distribution: Distribution) -> list[PluginEntry]:
     if not points:
         return []
     name, metadata = _name_of(distribution), distribution.metadata
-    version = metadata["Version"] if "Version" in metadata else "unknown"
+    version = metadata["Version"] if "Version" in metadata else "unknown"  # noqa: SIM401, it has no get
     return [PluginEntry(name=point.name, target=point.value, distribution=name, version=version) for point in points]
 
 
 def _name_of(distribution: Distribution) -> str:
     metadata = distribution.metadata
-    return metadata["Name"] if "Name" in metadata else "an unknown distribution"
+    return metadata["Name"] if "Name" in metadata else "an unknown distribution"  # noqa: SIM401, it has no get
