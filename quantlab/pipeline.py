@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import transformers
@@ -40,8 +40,8 @@ from quantlab.engine.solve import SolveOptions
 from quantlab.engine.stream import StreamRequest, StreamResult, quantize_model
 from quantlab.errors import QualityError
 from quantlab.evaluate.evaluation import must_stream, tokenizer_sha256
-from quantlab.evaluate.harness import TaskOptions, compare_on_tasks, require_tasks
-from quantlab.evaluate.perplexity import Forward, in_memory, measure_any
+from quantlab.evaluate.harness import TaskOptions, evaluate_tasks, require_tasks, side_by_side
+from quantlab.evaluate.perplexity import in_memory, measure_any
 from quantlab.evaluate.protocols import EvaluationWindows, WindowOptions, evaluation_windows, find_protocol
 from quantlab.evaluate.streamed import measure_streamed, streamed_forward
 from quantlab.evaluate.subject import Subject
@@ -56,6 +56,18 @@ from quantlab.skeleton import load_model, read_config, weight_files
 from quantlab.workspace import Workspace, memory_shortage_explained, working_in
 
 Result = TypeVar("Result")
+
+
+class FloatReference(Protocol):
+    """What the float model answers, remembered for several runs of it."""
+
+    def __call__(self, index: int, ids: Tensor) -> Tensor:
+        """Its logits, as those of a `quantlab.evaluate.perplexity.Forward`."""
+        ...
+
+    def on_tasks(self, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `evaluate` returns, the float model's results on the tasks of the recipe."""
+        ...
 
 
 def run(
@@ -105,7 +117,7 @@ def execute(
     progress: Progress,
     command: str,
     stop: Callable[[], bool] = lambda: False,
-    reference: Forward | None = None,
+    reference: FloatReference | None = None,
 ) -> Path:
     """Carry out a recipe, or continue what a former process began.
 
@@ -116,7 +128,7 @@ def execute(
         progress: is told about every stage.
         command: the command line that reproduces the run, for the record.
         stop: asked after every block and evaluated window; a true answer ends the run there.
-        reference: the logits of the float model, if they are at hand; None loads it to evaluate.
+        reference: the answers of the float model, if they are shared with other runs; None loads it to evaluate.
 
     Returns:
         The run folder.
@@ -158,7 +170,7 @@ class _Run:
         model_folder: Path,
         workspace: Workspace,
         progress: Progress,
-        reference: Forward | None,
+        reference: FloatReference | None,
     ) -> None:
         self.assignment = assignment
         self.recipe = recipe = assignment.loaded.recipe
@@ -299,9 +311,14 @@ class _Run:
         options = task_options(self.recipe)
         if not options.tasks:
             return {}
-        models = {"float": self.float_model, "quantized": self.quantized_model}
-        loaders = {name: partial(model.load, self.dtype) for name, model in models.items()}
-        return compare_on_tasks(loaders, self.tokenizer, options, self.progress)
+
+        def evaluate(model: Subject) -> dict[str, Any]:
+            stage = f"tasks, {model.name} model"
+            return evaluate_tasks(model.load(self.dtype), self.tokenizer, options, self.progress, stage)
+
+        on_float = partial(evaluate, self.float_model)
+        reference = on_float() if self.reference is None else self.reference.on_tasks(on_float)
+        return side_by_side({"float": reference, "quantized": evaluate(self.quantized_model)})
 
     def manifest(
         self, plan: Plan, calibration: TokenWindows, stream: StreamResult, files: dict[str, str], command: str

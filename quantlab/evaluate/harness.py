@@ -3,7 +3,7 @@
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -97,30 +97,15 @@ def require_tasks(options: TaskOptions) -> None:
         tasks.manager.load(tasks.specifications)
 
 
-def compare_on_tasks(
-    models: Mapping[str, Callable[[], PreTrainedModel]],
-    tokenizer: PreTrainedTokenizerBase,
-    options: TaskOptions,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Evaluate several models on the same tasks, one model in memory at a time.
+def side_by_side(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What several models answered to the same tasks.
 
     Args:
-        models: loads each model, by its name.
-        tokenizer: of the models.
-        options: what to evaluate.
-        progress: is told about every answer of each model.
+        results: by model, what `evaluate_tasks` returned.
 
     Returns:
         As `evaluate_tasks`, but in place of the "metrics" of a task those of every model under its name.
-
-    Raises:
-        QuantlabError: a task's data cannot be had, or a model cannot be loaded.
     """
-    results = {
-        name: evaluate_tasks(load(), tokenizer, options, progress, f"tasks, {name} model")
-        for name, load in models.items()
-    }
     first = next(iter(results.values()))
     tasks = {
         task: {key: value for key, value in description.items() if key != "metrics"}

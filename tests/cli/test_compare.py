@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from quantlab import compare as module
+from quantlab import pipeline
 from quantlab.cli.app import invoke
 from quantlab.errors import NumericalError, ResumableError
 
@@ -50,8 +51,33 @@ def test_methods_share_calibration_and_evaluation_and_end_in_a_table(compare, tm
     cells = sorted((tmp_path / "out" / "cells").glob("*/manifest.json"))
     manifests = [json.loads(path.read_text()) for path in cells]
     assert len({manifest["calibration"]["token_sha256"] for manifest in manifests}) == 1
-    assert len({line["float_perplexity"]["stdlib"] for line in table}) == 1
+    assert len({line["reference"]["perplexity"]["stdlib"] for line in table}) == 1
     assert "| rtn | 4 |" in (tmp_path / "out" / "compare.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # lm-eval's own
+def test_tasks_and_speed_are_measured_on_demand_and_the_float_model_answers_once(compare, tmp_path, monkeypatch, capfd):
+    answered = []
+    evaluate = pipeline.evaluate_tasks
+
+    def remember(model, tokenizer, options, progress, stage):
+        answered.append(stage)
+        return evaluate(model, tokenizer, options, progress, stage)
+
+    monkeypatch.setattr(pipeline, "evaluate_tasks", remember)
+    monkeypatch.setattr(module, "PROFILED_TOKENS", 4)
+    assert compare("rtn", "kmeans", "--tasks", "stdlib_continuation", "--limit", "4", "--profile", "-q") == 0
+    output, errors = capfd.readouterr()
+    assert errors == ""
+    assert "not measured" not in output
+    assert answered == ["tasks, float model", "tasks, quantized model", "tasks, quantized model"]
+    for line in rows(tmp_path):
+        assert 0 <= line["accuracy"]["mean"] <= 1
+        assert line["tokens_per_s"] > 0 < line["reference"]["tokens_per_s"]
+    profile = tmp_path / "out/cells/rtn-w4-s0/profile.json"
+    before = profile.stat().st_mtime_ns
+    assert compare("rtn", "kmeans", "--tasks", "stdlib_continuation", "--limit", "4", "--profile", "-q") == 0
+    assert profile.stat().st_mtime_ns == before
 
 
 def test_finished_cells_are_never_computed_again_and_more_can_be_added(compare, executed):
