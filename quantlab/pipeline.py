@@ -45,7 +45,7 @@ from quantlab.evaluate.perplexity import in_memory, measure_any
 from quantlab.evaluate.protocols import EvaluationWindows, WindowOptions, evaluation_windows, find_protocol
 from quantlab.evaluate.streamed import measure_streamed, streamed_forward
 from quantlab.evaluate.subject import Subject
-from quantlab.memory import peak_rss_bytes
+from quantlab.memory import MemoryTimeline, peak_rss_bytes
 from quantlab.models import model_label, resolve_model
 from quantlab.plan import Plan, compute_dtype, engine_options, plan_run, statistics_options
 from quantlab.progress import LoggedProgress, NoProgress, Progress
@@ -143,13 +143,14 @@ def execute(
         (output_dir / "log.txt").open("a") as log,
         single_threaded(recipe.engine.deterministic),
         memory_shortage_explained(),
+        MemoryTimeline() as timeline,
     ):
         if workspace.complete:
             require_same_recipe(workspace.journal.entries[0]["fingerprint"], recipe, output_dir)
             return output_dir
         plan = plan_run(assignment, read_config(model_folder))
         logged = LoggedProgress(progress, log, stop)
-        run = _Run(assignment, model_folder, workspace, logged, reference)
+        run = _Run(assignment, model_folder, workspace, logged, timeline, reference)
         calibration, corpora = run.timed("read_text", run.read_text)
         run.identify(calibration)
         stream, files = run.timed("quantize", lambda: run.quantize(calibration, stop))
@@ -170,11 +171,13 @@ class _Run:
         model_folder: Path,
         workspace: Workspace,
         progress: Progress,
+        timeline: MemoryTimeline,
         reference: FloatReference | None,
     ) -> None:
         self.assignment = assignment
         self.recipe = recipe = assignment.loaded.recipe
         self.quantizer = assignment.default.quantizer
+        self.timeline = timeline
         self.reference = reference
         self.model_folder = model_folder
         self.workspace = workspace
@@ -190,6 +193,7 @@ class _Run:
 
     def timed(self, stage: str, work: Callable[[], Result]) -> Result:
         """Do the work and note how long it took."""
+        self.timeline.begin(stage)
         start = time.monotonic()
         result = work()
         self.stages_s[stage] = round(time.monotonic() - start, 3)
@@ -355,6 +359,7 @@ class _Run:
                 "expected_peak_bytes": stream.memory.peak_bytes,
                 "quantize_peak_rss_bytes": self.quantize_peak_rss_bytes,
                 **asdict(stream.memory),
+                "timeline": self.timeline.record(),
             },
             "layers": [asdict(layer) for layer in stream.layers],
             "fallbacks": [layer.name for layer in stream.layers if layer.diagnostics.get("fallbacks", 0) > 0],
