@@ -327,6 +327,9 @@ class _Reference:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return results
 
+    def folder(self, key: str) -> Path:
+        return self._folder / key
+
     def forget_model(self) -> None:
         """Give the memory of the float model back until it is asked again."""
         self.__dict__.pop("_model", None)

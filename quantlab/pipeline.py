@@ -37,6 +37,7 @@ from quantlab.engine.fingerprint import (
 )
 from quantlab.engine.options import single_threaded
 from quantlab.engine.solve import SolveOptions
+from quantlab.engine.statistics import StatisticsOptions
 from quantlab.engine.stream import StreamRequest, StreamResult, quantize_model
 from quantlab.errors import QualityError
 from quantlab.evaluate.evaluation import must_stream, tokenizer_sha256
@@ -59,7 +60,7 @@ Result = TypeVar("Result")
 
 
 class FloatReference(Protocol):
-    """What the float model answers, remembered for several runs of it."""
+    """What the float model says, remembered for several runs that start from it."""
 
     def __call__(self, index: int, ids: Tensor) -> Tensor:
         """Its logits, as those of a `quantlab.evaluate.perplexity.Forward`."""
@@ -67,6 +68,10 @@ class FloatReference(Protocol):
 
     def on_tasks(self, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `evaluate` returns, the float model's results on the tasks of the recipe."""
+        ...
+
+    def folder(self, key: str) -> Path:
+        """Where runs with the same key share what they measure in the float model."""
         ...
 
 
@@ -240,13 +245,15 @@ class _Run:
     def quantize(self, calibration: TokenWindows, stop: Callable[[], bool]) -> tuple[StreamResult, dict[str, str]]:
         """Write the quantized checkpoint; returns what is reported and the hashes of its files."""
         recipe, workspace, assignment = self.recipe, self.workspace, self.assignment
+        statistics = statistics_options(recipe, assignment.methods)
         request = StreamRequest(
             source=self.model_folder,
             calibration_ids=calibration.ids,
             dtype=self.dtype,
             options_of=self.solve_options,
-            statistics=statistics_options(recipe, assignment.methods),
+            statistics=statistics,
             engine=engine_options(recipe),
+            gradients=self._shared_gradients(calibration, statistics),
         )
         writer = CheckpointWriter(self.folder / MODEL_FOLDER)
         stream = quantize_model(request, writer, workspace.journal, workspace.work, self.progress, stop)
@@ -261,6 +268,12 @@ class _Run:
         )
         writer.finish(self.model_folder, config, quantization)
         return stream, writer.files()
+
+    def _shared_gradients(self, calibration: TokenWindows, statistics: StatisticsOptions) -> Path | None:
+        if self.reference is None:
+            return None
+        wanted = f"{'fisher' if statistics.fisher else 'no-fisher'}-{statistics.saliency_groups}"
+        return self.reference.folder(f"gradients-{calibration.sha256[:16]}-{self.recipe.model.dtype}-{wanted}")
 
     def solve_options(self, layer: str) -> SolveOptions | None:
         """How a layer is solved, by its full name; None keeps it in floating point."""
@@ -330,6 +343,7 @@ class _Run:
         """Everything that is needed to understand and to repeat the run."""
         entry = registry.available()[self.quantizer.info.name]
         weights = sum(math.prod(layer.shape) for layer in stream.layers)
+        quantize_s = self.stages_s["quantize"] + self.workspace.earlier_s + stream.borrowed_s
         return {
             "model": {
                 "path": self.recipe.model.path,
@@ -350,7 +364,7 @@ class _Run:
             "source_bytes": sum(file.stat().st_size for file in weight_files(self.model_folder)),
             "peak_rss_bytes": peak_rss_bytes(),
             "wall_s": round(time.monotonic() - self.started, 3),
-            "stages_s": {**self.stages_s, "quantize": round(self.stages_s["quantize"] + self.workspace.earlier_s, 3)},
+            "stages_s": {**self.stages_s, "quantize": round(quantize_s, 3)},
             "continued": self.workspace.continued,
             "engine_s": stream.seconds,
             "drive_mode": stream.drive_mode,

@@ -88,6 +88,7 @@ def compare(
     from quantlab.cli.stopping import StopSignals
     from quantlab.compare import common_recipe, parse_variants, plan_cells, profile_cells, run_cells
     from quantlab.models import model_label
+    from quantlab.plan import engine_options
     from quantlab.report.comparison import csv_table, json_rows, markdown_table
     from quantlab.report.html import FILE_NAME, write_report
 
@@ -119,7 +120,8 @@ def compare(
         if not quiet:
             click.echo(f"[{position + 1}/{len(cells)}] {cell.variant}, {cell.bits} bits, seed {cell.seed}", err=True)
 
-    with choose_progress(quiet=quiet) as progress, StopSignals() as stop:
+    budget_bytes = engine_options(cells[0].assignment.loaded.recipe).memory_budget_bytes
+    with choose_progress(quiet=quiet, budget_bytes=budget_bytes) as progress, StopSignals() as stop:
         run_cells(cells, progress, stop, announce)
         if profile:
             profile_cells(cells, progress)

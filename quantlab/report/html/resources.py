@@ -1,5 +1,6 @@
 """Where the memory and the time went."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.axes import Axes
@@ -85,7 +86,7 @@ def _timeline(run: Run, name: str) -> Html:
 
 def _between(sizes: Sequence[float], interval_s: float, start_s: float, stop_s: float) -> Sequence[float]:
     first = min(int(start_s / interval_s), len(sizes) - 1)
-    return sizes[first : max(first + 1, int(stop_s / interval_s))]
+    return sizes[first : max(first + 1, math.ceil(stop_s / interval_s))]
 
 
 def _words(stage: str, length: int) -> str:

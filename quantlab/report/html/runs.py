@@ -168,6 +168,7 @@ def _require_numbers(record: RunRecord) -> None:
     if not isinstance(manifest["method"]["name"], str) or not isinstance(manifest["command"], str):
         raise TypeError("method.name and command must be texts")
     for model in ("float", "quantized"):
+        _ = record.tokens_per_s(model)
         _number(record.mean_accuracy(model) or 0.0, "tasks: accuracy")
     for text, values in record.perplexity.items():
         for name in ("float", "quantized", "windows", "sequence_length"):
@@ -175,11 +176,13 @@ def _require_numbers(record: RunRecord) -> None:
 
 
 def _require_timeline(timeline: Mapping[str, Any]) -> None:
-    if timeline and _number(timeline["interval_s"], "memory.timeline.interval_s") <= 0:
+    if not timeline:
+        return
+    if _number(timeline["interval_s"], "memory.timeline.interval_s") <= 0:
         raise ValueError(f"memory.timeline.interval_s is {timeline['interval_s']}")
-    for size in timeline.get("bytes", ()):
+    for size in timeline["bytes"]:
         _number(size, "memory.timeline.bytes")
-    for stage, start_s in timeline.get("stages", {}).items():
+    for stage, start_s in timeline["stages"].items():
         _number(start_s, f"memory.timeline.stages.{stage}")
 
 
