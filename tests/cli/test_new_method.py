@@ -171,3 +171,7 @@ def test_a_generated_project_installs_into_a_fresh_environment(tmp_path):
     assert rows["toy"]["distribution"] == "quantlab-toy"
     call("-m", "quantlab", "check", "toy")
     call("-m", "pytest", "-q")
+    small = ["--num-samples=1", "--sequence-length=32", "--num-windows=2", "--output-dir=compared", "--json"]
+    quick = ["--set=ganq.iterations=1", "--set=ganq.polish_rounds=0"]
+    compared = json.loads(call("-m", "quantlab", "compare", "toy", "ganq", *small, *quick))
+    assert [(row["variant"], row["seeds"], row["failure"]) for row in compared] == [("toy", 1, None), ("ganq", 1, None)]

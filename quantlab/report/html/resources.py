@@ -13,7 +13,7 @@ from quantlab.report.html.svg import WIDTH, axes, color, inline, label, styled
 from quantlab.report.units import format_bytes, format_duration
 
 BYTE_STEPS = [factor * 10.0**power for power in range(3, 15) for factor in (1, 2, 5)]
-SECOND_STEPS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1200, 3600, 7200, 18000, 36000, 86400]
+SECOND_STEPS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600, 7200, 18000, 36000, 86400]
 MOST_TICKS = 4
 
 Amount = tuple[str, float]
