@@ -247,10 +247,11 @@ class QuantizedLayer:
         codes: (out_features, in_features) uint8, unpacked, each below 2**bits.
         codebook: what the codes select from; column j belongs to group j // group_size.
         outliers: sparse additive corrections, or None.
-        diagnostics: finite numbers worth reporting. Two names are reserved. "loss" is the layer loss with the
+        diagnostics: finite numbers worth reporting. Some names are reserved. "loss" is the layer loss with the
             undamped Hessian, verified by the engine. "fallbacks" counts departures from the options that the data
             forced on the method, such as more damping than asked for; unless the recipe allows them, they end the
-            run.
+            run. "loss_0", "loss_1" and so on are what the method minimises after each of its steps, over all rows
+            or some of them; the report draws them as a curve.
     """
 
     codes: Tensor

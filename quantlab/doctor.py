@@ -182,6 +182,10 @@ def _disk() -> Iterator[Finding]:
 
 
 def _methods() -> Iterator[Finding]:
+    for name, reason in registry.unreadable().items():
+        remedy = "install that distribution again, or uninstall it; the methods of the others work"
+        value = f"its entry points cannot be read: {reason}"
+        yield Finding(topic="methods", name=name, value=value, level="broken", remedy=remedy)
     try:
         names = registry.claimed()
     except PluginError as error:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import transformers
@@ -37,15 +37,16 @@ from quantlab.engine.fingerprint import (
 )
 from quantlab.engine.options import single_threaded
 from quantlab.engine.solve import SolveOptions
+from quantlab.engine.statistics import StatisticsOptions
 from quantlab.engine.stream import StreamRequest, StreamResult, quantize_model
 from quantlab.errors import QualityError
 from quantlab.evaluate.evaluation import must_stream, tokenizer_sha256
-from quantlab.evaluate.harness import TaskOptions, compare_on_tasks, require_tasks
-from quantlab.evaluate.perplexity import Forward, in_memory, measure_any
+from quantlab.evaluate.harness import TaskOptions, evaluate_tasks, require_tasks, side_by_side
+from quantlab.evaluate.perplexity import in_memory, measure_any
 from quantlab.evaluate.protocols import EvaluationWindows, WindowOptions, evaluation_windows, find_protocol
 from quantlab.evaluate.streamed import measure_streamed, streamed_forward
 from quantlab.evaluate.subject import Subject
-from quantlab.memory import peak_rss_bytes
+from quantlab.memory import MemoryTimeline, peak_rss_bytes
 from quantlab.models import model_label, resolve_model
 from quantlab.plan import Plan, compute_dtype, engine_options, plan_run, statistics_options
 from quantlab.progress import LoggedProgress, NoProgress, Progress
@@ -56,6 +57,22 @@ from quantlab.skeleton import load_model, read_config, weight_files
 from quantlab.workspace import Workspace, memory_shortage_explained, working_in
 
 Result = TypeVar("Result")
+
+
+class FloatReference(Protocol):
+    """What the float model says, remembered for several runs that start from it."""
+
+    def __call__(self, index: int, ids: Tensor) -> Tensor:
+        """Its logits, as those of a `quantlab.evaluate.perplexity.Forward`."""
+        ...
+
+    def on_tasks(self, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `evaluate` returns, the float model's results on the tasks of the recipe."""
+        ...
+
+    def folder(self, key: str) -> Path:
+        """Where runs with the same key share what they measure in the float model."""
+        ...
 
 
 def run(
@@ -105,7 +122,7 @@ def execute(
     progress: Progress,
     command: str,
     stop: Callable[[], bool] = lambda: False,
-    reference: Forward | None = None,
+    reference: FloatReference | None = None,
 ) -> Path:
     """Carry out a recipe, or continue what a former process began.
 
@@ -116,7 +133,7 @@ def execute(
         progress: is told about every stage.
         command: the command line that reproduces the run, for the record.
         stop: asked after every block and evaluated window; a true answer ends the run there.
-        reference: the logits of the float model, if they are at hand; None loads it to evaluate.
+        reference: the answers of the float model, if they are shared with other runs; None loads it to evaluate.
 
     Returns:
         The run folder.
@@ -131,13 +148,14 @@ def execute(
         (output_dir / "log.txt").open("a") as log,
         single_threaded(recipe.engine.deterministic),
         memory_shortage_explained(),
+        MemoryTimeline() as timeline,
     ):
         if workspace.complete:
             require_same_recipe(workspace.journal.entries[0]["fingerprint"], recipe, output_dir)
             return output_dir
         plan = plan_run(assignment, read_config(model_folder))
         logged = LoggedProgress(progress, log, stop)
-        run = _Run(assignment, model_folder, workspace, logged, reference)
+        run = _Run(assignment, model_folder, workspace, logged, timeline, reference)
         calibration, corpora = run.timed("read_text", run.read_text)
         run.identify(calibration)
         stream, files = run.timed("quantize", lambda: run.quantize(calibration, stop))
@@ -158,11 +176,13 @@ class _Run:
         model_folder: Path,
         workspace: Workspace,
         progress: Progress,
-        reference: Forward | None,
+        timeline: MemoryTimeline,
+        reference: FloatReference | None,
     ) -> None:
         self.assignment = assignment
         self.recipe = recipe = assignment.loaded.recipe
         self.quantizer = assignment.default.quantizer
+        self.timeline = timeline
         self.reference = reference
         self.model_folder = model_folder
         self.workspace = workspace
@@ -178,6 +198,7 @@ class _Run:
 
     def timed(self, stage: str, work: Callable[[], Result]) -> Result:
         """Do the work and note how long it took."""
+        self.timeline.begin(stage)
         start = time.monotonic()
         result = work()
         self.stages_s[stage] = round(time.monotonic() - start, 3)
@@ -224,13 +245,15 @@ class _Run:
     def quantize(self, calibration: TokenWindows, stop: Callable[[], bool]) -> tuple[StreamResult, dict[str, str]]:
         """Write the quantized checkpoint; returns what is reported and the hashes of its files."""
         recipe, workspace, assignment = self.recipe, self.workspace, self.assignment
+        statistics = statistics_options(recipe, assignment.methods)
         request = StreamRequest(
             source=self.model_folder,
             calibration_ids=calibration.ids,
             dtype=self.dtype,
             options_of=self.solve_options,
-            statistics=statistics_options(recipe, assignment.methods),
+            statistics=statistics,
             engine=engine_options(recipe),
+            gradients=self._shared_gradients(calibration, statistics),
         )
         writer = CheckpointWriter(self.folder / MODEL_FOLDER)
         stream = quantize_model(request, writer, workspace.journal, workspace.work, self.progress, stop)
@@ -245,6 +268,12 @@ class _Run:
         )
         writer.finish(self.model_folder, config, quantization)
         return stream, writer.files()
+
+    def _shared_gradients(self, calibration: TokenWindows, statistics: StatisticsOptions) -> Path | None:
+        if self.reference is None:
+            return None
+        wanted = f"{'fisher' if statistics.fisher else 'no-fisher'}-{statistics.saliency_groups}"
+        return self.reference.folder(f"gradients-{calibration.sha256[:16]}-{self.recipe.model.dtype}-{wanted}")
 
     def solve_options(self, layer: str) -> SolveOptions | None:
         """How a layer is solved, by its full name; None keeps it in floating point."""
@@ -299,9 +328,14 @@ class _Run:
         options = task_options(self.recipe)
         if not options.tasks:
             return {}
-        models = {"float": self.float_model, "quantized": self.quantized_model}
-        loaders = {name: partial(model.load, self.dtype) for name, model in models.items()}
-        return compare_on_tasks(loaders, self.tokenizer, options, self.progress)
+
+        def evaluate(model: Subject) -> dict[str, Any]:
+            stage = f"tasks, {model.name} model"
+            return evaluate_tasks(model.load(self.dtype), self.tokenizer, options, self.progress, stage)
+
+        on_float = partial(evaluate, self.float_model)
+        reference = on_float() if self.reference is None else self.reference.on_tasks(on_float)
+        return side_by_side({"float": reference, "quantized": evaluate(self.quantized_model)})
 
     def manifest(
         self, plan: Plan, calibration: TokenWindows, stream: StreamResult, files: dict[str, str], command: str
@@ -309,6 +343,7 @@ class _Run:
         """Everything that is needed to understand and to repeat the run."""
         entry = registry.available()[self.quantizer.info.name]
         weights = sum(math.prod(layer.shape) for layer in stream.layers)
+        quantize_s = self.stages_s["quantize"] + self.workspace.earlier_s + stream.borrowed_s
         return {
             "model": {
                 "path": self.recipe.model.path,
@@ -329,7 +364,7 @@ class _Run:
             "source_bytes": sum(file.stat().st_size for file in weight_files(self.model_folder)),
             "peak_rss_bytes": peak_rss_bytes(),
             "wall_s": round(time.monotonic() - self.started, 3),
-            "stages_s": {**self.stages_s, "quantize": round(self.stages_s["quantize"] + self.workspace.earlier_s, 3)},
+            "stages_s": {**self.stages_s, "quantize": round(quantize_s, 3)},
             "continued": self.workspace.continued,
             "engine_s": stream.seconds,
             "drive_mode": stream.drive_mode,
@@ -338,6 +373,7 @@ class _Run:
                 "expected_peak_bytes": stream.memory.peak_bytes,
                 "quantize_peak_rss_bytes": self.quantize_peak_rss_bytes,
                 **asdict(stream.memory),
+                "timeline": self.timeline.record(),
             },
             "layers": [asdict(layer) for layer in stream.layers],
             "fallbacks": [layer.name for layer in stream.layers if layer.diagnostics.get("fallbacks", 0) > 0],

@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, distributions
 
 from quantlab.errors import PluginError, RecipeError, did_you_mean
 
@@ -68,6 +68,17 @@ def claimed() -> list[str]:
         PluginError: as for `available`.
     """
     return list(_permitted_claims())
+
+
+def unreadable() -> dict[str, str]:
+    """Why the methods of some distributions cannot be found, by distribution: their entry points cannot be read."""
+    reasons = {}
+    for distribution in distributions():
+        try:
+            _entries_of(distribution)
+        except Exception as error:  # as in `_all_claims`
+            reasons[_name_of(distribution)] = f"{type(error).__name__}: {error}"
+    return reasons
 
 
 def load(name: str) -> type["LayerQuantizer"]:
@@ -270,10 +281,29 @@ def _permitted_claims() -> dict[str, list[PluginEntry]]:
 
 def _all_claims() -> dict[str, list[PluginEntry]]:
     claims: dict[str, list[PluginEntry]] = {}
-    for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
-        # A distribution without readable metadata has neither.
-        distribution = (point.dist and point.dist.name) or "an unknown distribution"
-        version = (point.dist and point.dist.version) or "unknown"
-        entry = PluginEntry(name=point.name, target=point.value, distribution=distribution, version=version)
-        claims.setdefault(point.name, []).append(entry)
-    return claims
+    known = set()
+    for distribution in distributions():
+        try:
+            entries = _entries_of(distribution)
+        except Exception:  # whatever is wrong with the files of one distribution, the others' methods must be found
+            continue
+        if not entries or entries[0].distribution in known:  # found twice it counts once, as for imports
+            continue
+        known.add(entries[0].distribution)
+        for entry in entries:
+            claims.setdefault(entry.name, []).append(entry)
+    return dict(sorted(claims.items()))
+
+
+def _entries_of(distribution: Distribution) -> list[PluginEntry]:
+    points = distribution.entry_points.select(group=ENTRY_POINT_GROUP)
+    if not points:
+        return []
+    name, metadata = _name_of(distribution), distribution.metadata
+    version = metadata["Version"] if "Version" in metadata else "unknown"  # noqa: SIM401, it has no get
+    return [PluginEntry(name=point.name, target=point.value, distribution=name, version=version) for point in points]
+
+
+def _name_of(distribution: Distribution) -> str:
+    metadata = distribution.metadata
+    return metadata["Name"] if "Name" in metadata else "an unknown distribution"  # noqa: SIM401, it has no get

@@ -110,10 +110,18 @@ class Alternation:
         return LutRounder(Lut(values=table[:, None]), self.weight.shape[1])
 
 
-def best_of(candidates: Iterable[Candidate], keep: Keep) -> Candidate:
-    """The candidate with the smallest loss, of every row by itself or of the layer; the first one on a tie."""
+def best_of(candidates: Iterable[Candidate], keep: Keep, losses: list[Tensor] | None = None) -> Candidate:
+    """The candidate with the smallest loss, of every row by itself or of the layer; the first one on a tie.
+
+    Args:
+        candidates: at least one.
+        keep: "row" or "layer".
+        losses: is given the losses of all rows, (out_features,), of the best so far after each candidate.
+    """
     iterator = iter(candidates)
     best = next(iterator)
+    losses = [] if losses is None else losses
+    losses.append(best.loss)
     for candidate in iterator:
         better = candidate.loss < best.loss
         if keep == "layer":
@@ -123,6 +131,7 @@ def best_of(candidates: Iterable[Candidate], keep: Keep) -> Candidate:
             codes=torch.where(better[:, None], candidate.fitted.codes, best.fitted.codes),
         )
         best = Candidate(fitted=fitted, loss=torch.where(better, candidate.loss, best.loss))
+        losses.append(best.loss)
     return best
 
 

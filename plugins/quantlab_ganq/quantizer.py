@@ -43,6 +43,7 @@ from quantlab.solvers.order import ColumnOrder, inverse_order, processing_order
 from quantlab.solvers.outliers import as_outliers, largest
 from quantlab.solvers.request import check_request, row_chunks, stacked, with_loss, working_dtype
 from quantlab.solvers.sweep import factor_for_sweep
+from quantlab.solvers.trace import trace
 from quantlab_ganq.alternation import Alternation, Candidate, Keep, best_of
 from quantlab_ganq.conditioning import Preconditioner, diagonally_dominant_factor, shrinkage_for, shrunk
 from quantlab_ganq.outliers import Corrections, OutlierSelection, tails
@@ -140,7 +141,11 @@ class GanqQuantizer:
         object.__setattr__(self, "info", info)  # the way past a frozen dataclass
 
     def quantize(self, problem: LayerProblem) -> QuantizedLayer:
-        """Quantize one layer; diagnostics are its loss and the damping needed, a fallback if more than asked for."""
+        """Quantize one layer.
+
+        Diagnostics are its loss, the damping needed, a fallback if that is more than asked for, and the loss of the
+        best answer so far after every iteration and round of polish.
+        """
         check_request(problem, self.info)
         answer, diagnostics = self._solve(problem)
         return with_loss(answer, problem, **diagnostics)
@@ -148,18 +153,24 @@ class GanqQuantizer:
     def _solve(self, problem: LayerProblem) -> tuple[QuantizedLayer, dict[str, float]]:
         layer = self._prepare(problem)
         chunks = [slice(None)] if self.keep == "layer" else row_chunks(layer.weight)
-        parts = [self._solve_rows(layer.of_rows(rows), problem.spec.levels) for rows in chunks]
-        return stacked(parts), layer.factor.diagnostics()
+        losses: list[list[Tensor]] = [[] for _ in chunks]
+        parts = [
+            self._solve_rows(layer.of_rows(rows), problem.spec.levels, own)
+            for rows, own in zip(chunks, losses, strict=True)
+        ]
+        of_layer = [torch.cat(of_chunks).sum().item() for of_chunks in zip(*losses, strict=True)]
+        return stacked(parts), {**layer.factor.diagnostics(), **trace(of_layer)}
 
-    def _solve_rows(self, layer: Alternation, levels: int) -> QuantizedLayer:
+    def _solve_rows(self, layer: Alternation, levels: int, losses: list[Tensor]) -> QuantizedLayer:
         corrections = self._first_corrections(layer, levels)
         if corrections is not None:
             layer = replace(layer, weight=layer.weight - corrections.sparse)
-        best = best_of(self._candidates(layer, levels), self.keep)
+        best = best_of(self._candidates(layer, levels), self.keep, losses)
         for _ in range(self.polish_rounds):
             if corrections is not None:
                 layer, best = corrections.refit(layer, best)
             best = layer.polish(best)
+            losses.append(best.loss)
         codes = layer.settled_codes(best.fitted) if self.polish_rounds else best.fitted.codes
         lut = Lut(values=best.fitted.levels[:, None].float())
         codes = with_dead_rounded(codes, layer.weight, lut, layer.hessian)

@@ -22,6 +22,7 @@ from quantlab.solvers.options import check_at_least_one, check_choice
 from quantlab.solvers.order import ColumnOrder, processing_order
 from quantlab.solvers.request import check_request, with_loss, working_dtype
 from quantlab.solvers.sweep import Assignment
+from quantlab.solvers.trace import loss_of_some_rows, trace
 
 _KMEANS_ITERATIONS = 50
 
@@ -58,23 +59,26 @@ class LnqQuantizer:
         check_at_least_one("cd_sweeps", self.cd_sweeps)
 
     def quantize(self, problem: LayerProblem) -> QuantizedLayer:
-        """Quantize one layer; its loss is a diagnostic."""
+        """Quantize one layer; diagnostics are its loss, and that of some rows after each codebook step."""
         check_request(problem, self.info)
         dtype = working_dtype(problem.weight, problem.require_hessian())
         weight, hessian = problem.weight.to(dtype), problem.require_hessian().to(dtype)
-        fitted = self._alternate(weight, hessian, _start(weight, hessian, problem.spec.levels))
+        losses: list[float] = []
+        fitted = self._alternate(weight, hessian, _start(weight, hessian, problem.spec.levels), losses)
         lut = Lut(values=fitted.levels[:, None].float())
         codes = with_dead_rounded(fitted.codes, weight, lut, hessian)
-        return with_loss(QuantizedLayer(codes=codes, codebook=lut), problem)
+        return with_loss(QuantizedLayer(codes=codes, codebook=lut), problem, **trace(losses))
 
-    def _alternate(self, weight: Tensor, hessian: Tensor, fitted: Codebooks) -> Codebooks:
+    def _alternate(self, weight: Tensor, hessian: Tensor, fitted: Codebooks, losses: list[float]) -> Codebooks:
         order = processing_order(hessian, self.column_order, backwards=False)
         fitted = _refit(weight, hessian, fitted)
         for _ in range(self.iterations):
             nearest = LutRounder(Lut(values=fitted.levels[:, None]), weight.shape[1])
             start = Assignment(codes=fitted.codes, error=weight - fitted.dequantize())
+            losses.append(loss_of_some_rows(start.error, hessian))
             codes = descend(weight, start, hessian, order, nearest, sweeps=self.cd_sweeps).codes
             fitted = _refit(weight, hessian, Codebooks(levels=fitted.levels, codes=codes))
+        losses.append(loss_of_some_rows(weight - fitted.dequantize(), hessian))
         return fitted
 
 

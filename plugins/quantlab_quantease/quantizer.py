@@ -13,6 +13,7 @@ from quantlab.solvers.options import check_at_least_one, check_choice, check_fra
 from quantlab.solvers.order import ColumnOrder, processing_order
 from quantlab.solvers.outliers import as_outliers
 from quantlab.solvers.request import check_request, with_loss, working_dtype
+from quantlab.solvers.trace import loss_of_some_rows, trace
 from quantlab_quantease.outliers import OutlierKind, OutlierSupport
 from quantlab_quantease.state import DescentState
 
@@ -66,7 +67,11 @@ class QuanteaseQuantizer:
             object.__setattr__(self, "info", replace(self.info, row_independent=False))
 
     def quantize(self, problem: LayerProblem) -> QuantizedLayer:
-        """Quantize one layer; diagnostics are its loss and, for a start from GPTQ, its damping and fallbacks."""
+        """Quantize one layer.
+
+        Diagnostics are its loss, that of some rows whenever the weights are on the grid, and, for a start from GPTQ,
+        its damping and fallbacks.
+        """
         check_request(problem, self.info)
         dtype = working_dtype(problem.weight, problem.require_hessian())
         weight, hessian = problem.weight.to(dtype), problem.require_hessian().to(dtype)
@@ -74,7 +79,7 @@ class QuanteaseQuantizer:
         grid = minmax_grid(support.without(weight, problem.spec.group_size), problem.spec)
         order = processing_order(hessian, self.column_order, backwards=False)
         state = DescentState(weight, hessian, order, grid, support)
-        diagnostics = self._start(state)
+        diagnostics, losses = self._start(state), []
         for iteration in range(self.iterations):
             if self._leaves_out_rounding(iteration):
                 state.relax()
@@ -82,8 +87,10 @@ class QuanteaseQuantizer:
                 state.round()
             if self.outliers != "none":
                 state.update_outliers()
+            if state.on_grid:
+                losses.append(loss_of_some_rows(state.error, hessian))
         layer = QuantizedLayer(codes=state.codes, codebook=as_stored(grid), outliers=as_outliers(state.sparse))
-        return with_loss(layer, problem, **diagnostics)
+        return with_loss(layer, problem, **diagnostics, **trace(losses))
 
     def _start(self, state: DescentState) -> dict[str, float]:
         if self.start == "gptq":

@@ -23,6 +23,8 @@ class DescentState:
     Attributes:
         codes: (out_features, in_features) uint8; they mean nothing until the weights have been rounded.
         sparse: S, (out_features, in_features).
+        error: E, (out_features, in_features).
+        on_grid: whether every weight without its correction is on a level.
     """
 
     def __init__(
@@ -35,8 +37,8 @@ class DescentState:
         self._nearest = GridRounder(grid, weight.shape[1])
         self._support = support
         self._largest_eigenvalue: float | None = None
-        self._error = torch.zeros_like(weight)
-        self._on_grid = False
+        self.error = torch.zeros_like(weight)
+        self.on_grid = False
         self.codes = torch.zeros_like(weight, dtype=torch.uint8)
         self.sparse = support.keep_largest(weight)
 
@@ -57,25 +59,25 @@ class DescentState:
     def round(self) -> None:
         """Visit every input once and put it on its best level; the loss does not rise if all were on levels."""
         target = self._weight - self.sparse
-        if self._on_grid:
-            start = Assignment(codes=self.codes, error=self._error)
+        if self.on_grid:
+            start = Assignment(codes=self.codes, error=self.error)
             self._accept(descend(target, start, self._hessian, self._order, self._nearest, sweeps=1))
         else:
-            self._accept(round_descending(target, self._error, self._hessian, self._order, self._nearest))
+            self._accept(round_descending(target, self.error, self._hessian, self._order, self._nearest))
 
     def relax(self) -> None:
         """Visit every input once and put it where the loss is smallest, on a level or not."""
-        self._error = relax(self._error, self._hessian, self._order)
-        self._on_grid = False
+        self.error = relax(self.error, self._hessian, self._order)
+        self.on_grid = False
 
     def update_outliers(self) -> None:
         """Take one thresholding step for the sparse corrections; the loss does not rise."""
         if self._largest_eigenvalue is None:
             self._largest_eigenvalue = largest_eigenvalue_bound(self._hessian)
-        updated = thresholding_step(self.sparse, self._error, self._hessian, self._largest_eigenvalue, self._support)
-        self._error = self._error - (updated - self.sparse)
+        updated = thresholding_step(self.sparse, self.error, self._hessian, self._largest_eigenvalue, self._support)
+        self.error = self.error - (updated - self.sparse)
         self.sparse = updated
 
     def _accept(self, assignment: Assignment) -> None:
-        self.codes, self._error = assignment.codes, assignment.error
-        self._on_grid = True
+        self.codes, self.error = assignment.codes, assignment.error
+        self.on_grid = True

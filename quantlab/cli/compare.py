@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from quantlab.cli.options import Session, common_options, examples, json_option, open_console
+from quantlab.cli.options import Session, common_options, examples, json_option, open_console, tasks_option
 from quantlab.errors import QualityError
 
 if typing.TYPE_CHECKING:
@@ -21,6 +21,7 @@ if typing.TYPE_CHECKING:
         "quantlab compare rtn gptq ganq --bits 4,3",
         "quantlab compare ganq ganq@paper gptq --model llama-7b --bits 4 --calibration c4 --perplexity wikitext2",
         "quantlab compare ganq lnq ./my_method.yaml --bits 3 --seeds 3 --set ganq.iterations=20",
+        "quantlab compare rtn ganq --tasks stdlib_continuation --limit 100 --profile",
     ),
 )
 @click.argument("methods", nargs=-1, required=True)
@@ -40,6 +41,9 @@ if typing.TYPE_CHECKING:
     "--perplexity", "texts", multiple=True, metavar="TEXT", default=("stdlib",), show_default=True, help="Evaluation."
 )
 @click.option("--num-windows", type=click.IntRange(min=1), help="Evaluation windows per text.  [default: all]")
+@tasks_option
+@click.option("--limit", type=click.IntRange(min=1), help="Questions per task.  [default: all]")
+@click.option("--profile", is_flag=True, help="Generate from every model, in turns with the float model: tokens/s.")
 @click.option(
     "--set",
     "settings",
@@ -65,6 +69,9 @@ def compare(
     sequence_length: int | None,
     texts: tuple[str, ...],
     num_windows: int | None,
+    tasks: tuple[str, ...],
+    limit: int | None,
+    profile: bool,
     settings: tuple[str, ...],
     output_dir: Path | None,
     csv_file: Path | None,
@@ -79,8 +86,9 @@ def compare(
     from quantlab import registry
     from quantlab.cli.progress import choose_progress
     from quantlab.cli.stopping import StopSignals
-    from quantlab.compare import common_recipe, parse_variants, plan_cells, run_cells
+    from quantlab.compare import common_recipe, parse_variants, plan_cells, profile_cells, run_cells
     from quantlab.models import model_label
+    from quantlab.plan import engine_options
     from quantlab.report.comparison import csv_table, json_rows, markdown_table
     from quantlab.report.html import FILE_NAME, write_report
 
@@ -96,6 +104,8 @@ def compare(
         group_size=group_size,
         texts=texts,
         num_windows=num_windows,
+        tasks=tasks,
+        limit=limit,
     )
     cells = plan_cells(
         parse_variants(methods, [setting for setting in settings if setting.partition(".")[0] in methods_known]),
@@ -110,8 +120,11 @@ def compare(
         if not quiet:
             click.echo(f"[{position + 1}/{len(cells)}] {cell.variant}, {cell.bits} bits, seed {cell.seed}", err=True)
 
-    with choose_progress(quiet=quiet) as progress, StopSignals() as stop:
+    budget_bytes = engine_options(cells[0].assignment.loaded.recipe).memory_budget_bytes
+    with choose_progress(quiet=quiet, budget_bytes=budget_bytes) as progress, StopSignals() as stop:
         run_cells(cells, progress, stop, announce)
+        if profile:
+            profile_cells(cells, progress)
     rows = _rows(cells)
     (folder / "compare.json").write_text(json.dumps(json_rows(rows), indent=2) + "\n", encoding="utf-8")
     (folder / "compare.md").write_text(markdown_table(rows), encoding="utf-8")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import click
 
-from quantlab.cli.options import Session, common_options, examples, json_option
+from quantlab.cli.options import Session, common_options, examples, json_option, tasks_option
 from quantlab.recipe.size import parse_size, size_error
 
 
@@ -47,7 +47,7 @@ def parse_budget(context: click.Context, parameter: click.Parameter, value: str 
 @click.option("--stride", type=click.IntRange(min=1), help="Tokens between windows.  [default: no overlap]")
 @click.option("--bos", type=click.Choice(["none", "tokenizer", "each_window"]), help="[default: as the protocol says]")
 @click.option("--num-windows", type=click.IntRange(min=1), help="Windows per text, evenly spread.  [default: all]")
-@click.option("--tasks", multiple=True, help="lm-eval task, group, or local task; commas or repeated.")
+@tasks_option
 @click.option("--tasks-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Local task files.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Solved examples before a question.")
 @click.option("--limit", type=click.IntRange(min=1), help="Questions per task.  [default: all]")
@@ -96,15 +96,14 @@ def evaluate(
 
     subject = find_subject(model)
     reference = against or subject.source
-    names = tuple(name.strip() for item in tasks for name in item.split(",") if name.strip())
     options = EvaluationOptions(
-        protocols=protocols or (() if names else ("stdlib",)),
+        protocols=protocols or (() if tasks else ("stdlib",)),
         sequence_length=sequence_length,
         stride=stride,
         bos=bos,
         num_windows=num_windows,
         tasks=TaskOptions(
-            tasks=names, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, tasks_dir=tasks_dir
+            tasks=tasks, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, tasks_dir=tasks_dir
         ),
         samples_file=log_samples,
         dtype=dtype,

@@ -85,6 +85,17 @@ def recipe_options(command: Command) -> Command:
     return command
 
 
+def _split_names(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name.strip() for item in value for name in item.split(",") if name.strip())
+
+
+tasks_option = click.option(
+    "--tasks",
+    multiple=True,
+    metavar="NAMES",
+    callback=_split_names,
+    help="lm-eval task, group, or local task; commas or repeated.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 

@@ -54,9 +54,10 @@ def profile(
     run keeps the results as profile.json, which `quantlab report` reads.
     """
     from quantlab.checkpoint.atomic import replacing
+    from quantlab.checkpoint.names import PROFILE_FILE
     from quantlab.cli.progress import choose_progress
     from quantlab.evaluate.kernels import KernelOptions, profile_kernels
-    from quantlab.evaluate.profile import PROFILE_FILE, ProfileOptions, profile_subjects
+    from quantlab.evaluate.profile import ProfileOptions, profile_subjects
     from quantlab.evaluate.subject import find_subject
 
     subject = find_subject(model)

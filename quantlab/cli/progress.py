@@ -15,6 +15,9 @@ from quantlab.report.units import format_bytes, format_duration
 
 LINE_INTERVAL_S = 5.0
 
+MOST_BARS = 6
+"""Stages that are shown at a time; a comparison has dozens of them."""
+
 
 @contextmanager
 def choose_progress(*, quiet: bool, budget_bytes: int | None = None) -> Iterator[Progress]:
@@ -120,9 +123,11 @@ class LiveProgress:
         self._bars.stop()
 
     def begin(self, stage: str, total: int, unit: str) -> None:
-        """Add a bar for the stage; those of earlier stages stay."""
+        """Add a bar for the stage; those of the last stages before it stay."""
         if self._stage is not None:
             self._bars.stop_task(self._stage)
+        if len(self._bars.task_ids) >= MOST_BARS:
+            self._bars.remove_task(self._bars.task_ids[0])
         self._bars.detail = ""
         self._stage = self._bars.add_task(stage, total=total, unit=unit)
 

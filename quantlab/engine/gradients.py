@@ -5,6 +5,8 @@ alone, run again with autograd on, and given the gradients by its output, which 
 way `quantlab.engine.sensitivity` keeps what the statistics need. Weights take no part in autograd.
 """
 
+import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quantlab.checkpoint.atomic import replacing
 from quantlab.checkpoint.serialize import write_safetensors
 from quantlab.engine.calls import BlockDriver
 from quantlab.engine.drive import open_driver
@@ -53,7 +56,7 @@ def collect_gradients(
     folder: Path,
     new_states: Callable[[str], HiddenStates],
     progress: Progress,
-) -> None:
+) -> float:
     """Run the backward pass of the float model and write what it says, one file per block.
 
     A folder in which an earlier call has written all files is left as it is.
@@ -67,12 +70,18 @@ def collect_gradients(
         new_states: makes an empty store from a name; there is one store per block.
         progress: is told about every block, twice.
 
+    Returns:
+        The seconds that it took, in this call or in the earlier one.
+
     Raises:
         ModelError: the blocks of the model cannot be differentiated one at a time.
         NumericalError: a gradient is not finite.
     """
-    if _file(folder, 0).is_file():  # the first block is written last
-        return
+    complete = folder / "seconds.json"
+    if complete.is_file():
+        earlier_s: float = json.loads(complete.read_text(encoding="utf-8"))
+        return earlier_s
+    started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     model = build_skeleton(read_config(source), dtype)
     prefix, blocks = find_blocks(model)
@@ -91,6 +100,10 @@ def collect_gradients(
             write_safetensors(_file(folder, index), {f"{prefix}.{index}.{key}": value for key, value in found.items()})
             progress.advance(detail=f"block {index + 1}/{len(blocks)}  backward")
         gradients.remove()
+    seconds = time.monotonic() - started
+    with replacing(complete) as temporary:
+        temporary.write_text(json.dumps(seconds), encoding="utf-8")
+    return seconds
 
 
 def read_gradients(folder: Path, index: int, layers: Sequence[str]) -> Gradients:

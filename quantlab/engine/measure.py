@@ -1,5 +1,6 @@
 """Measure how well a quantized layer does what it was asked to."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from quantlab.runtime import LutLinear
 from quantlab.solvers.grid import round_to_nearest
 
 _ROWS_PER_PIECE = 1024
-_SUMMED = ("loss", "fallbacks")
+_SUMMED = re.compile(r"loss(_\d+)?|fallbacks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,4 +101,4 @@ def _merged(diagnostics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     for reported in diagnostics:
         for name, value in reported.items():
             values.setdefault(name, []).append(value)
-    return {name: sum(own) if name in _SUMMED else max(own) for name, own in values.items()}
+    return {name: sum(own) if _SUMMED.fullmatch(name) else max(own) for name, own in values.items()}

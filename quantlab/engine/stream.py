@@ -7,6 +7,7 @@ A block is finished when the journal says so, and the journal says so when its s
 it are on disk. A new process with the same journal goes on behind the last finished block.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -56,6 +57,8 @@ class StreamRequest:
         options_of: the options of every layer.
         statistics: what is collected for every layer.
         engine: how the machine is used.
+        gradients: folder for what the backward pass of the float model says, shared by runs of the same model, text,
+            dtype and statistics; None keeps it with the run.
     """
 
     source: Path
@@ -64,6 +67,7 @@ class StreamRequest:
     options_of: OptionsOf
     statistics: StatisticsOptions = field(default_factory=StatisticsOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
+    gradients: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,6 +82,7 @@ class StreamResult:
         check_logits: what the quantized model answers to them; a reloaded checkpoint must answer the same.
         drive_mode: how the blocks were driven, "record" or "suspend".
         seconds: where the time went, over all processes that worked on the run.
+        borrowed_s: of this time, what a run before spent on gradients that this one took over.
         memory: how the work was cut, and the memory that this was expected to take.
     """
 
@@ -88,6 +93,7 @@ class StreamResult:
     check_logits: Tensor
     drive_mode: str
     seconds: dict[str, float]
+    borrowed_s: float
     memory: MemoryPlan
 
 
@@ -141,6 +147,8 @@ class _Stream:
     ) -> None:
         self._request, self._writer, self._journal = request, writer, journal
         self._work, self._progress = work, progress
+        self._gradients_folder = request.gradients or work / "gradients"
+        self._borrowed_s = 0.0
         self._profile = Profile()
         if request.engine.memory_budget_bytes is not None:
             give_freed_memory_back()
@@ -237,29 +245,33 @@ class _Stream:
             check_logits=logits,
             drive_mode=self._driver.mode,
             seconds={part: round(value, 3) for part, value in seconds.items()},
+            borrowed_s=round(self._borrowed_s, 3),
             memory=self._memory,
         )
 
     def _collect_gradients(self) -> None:
         if not self._statistics.gradients:
             return
-        request = self._request
+        request, started = self._request, time.monotonic()
         with self._profile.timed("statistics"):
-            collect_gradients(
+            seconds = collect_gradients(
                 request.source,
                 request.calibration_ids,
                 request.dtype,
                 self._statistics,
-                self._work / "gradients",
+                self._gradients_folder,
                 # All blocks' inputs exist at once, far more than the budget or the memory was planned for.
                 lambda name: Activations(self._work / "backward" / name, in_memory=False),
                 self._progress,
             )
+        if not self._done:  # otherwise the journal counts it already
+            self._borrowed_s = max(0.0, seconds - (time.monotonic() - started))
+            self._profile.seconds["statistics"] += self._borrowed_s
 
     def _gradients(self, index: int, originals: Mapping[str, nn.Module]) -> Gradients | None:
         if not self._statistics.gradients:
             return None
-        return read_gradients(self._work / "gradients", index, [f"{self._name(index)}.{layer}" for layer in originals])
+        return read_gradients(self._gradients_folder, index, [f"{self._name(index)}.{layer}" for layer in originals])
 
     def _keep_rest(self) -> None:
         """Write the weights outside the blocks, or take over what a former process wrote."""

@@ -108,7 +108,8 @@ def evaluate_subject(
         forwards = [in_memory(each) for each in loaded]
         results["perplexity"] = {windows.protocol: measure_any(windows, forwards, progress) for windows in corpora}
     if options.tasks.tasks:
-        results |= evaluate_tasks(model or subject.load(dtype), tokenizer, options.tasks, options.samples_file)
+        model = model or subject.load(dtype)
+        results |= evaluate_tasks(model, tokenizer, options.tasks, progress, samples_file=options.samples_file)
     return results
 
 

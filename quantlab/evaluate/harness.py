@@ -1,8 +1,9 @@
 """Zero-shot and few-shot tasks through lm-eval, on a model in memory."""
 
 import json
+import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantlab.errors import DataError, did_you_mean
 from quantlab.evaluate.tasks import BUILT_IN, local_tasks, write_built_in, write_task
-from quantlab.progress import Progress
+from quantlab.progress import NoProgress, Progress
 
 GROUPS = {
     "ganq-zeroshot": ("hellaswag", "boolq", "rte", "winogrande", "arc_easy", "arc_challenge"),
@@ -44,6 +45,8 @@ def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     options: TaskOptions,
+    progress: Progress,
+    stage: str = "tasks",
     samples_file: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on tasks.
@@ -52,6 +55,8 @@ def evaluate_tasks(
         model: in evaluation mode.
         tokenizer: of the model.
         options: what to evaluate.
+        progress: is told about every answer of the model.
+        stage: what the work is called there.
         samples_file: receives one JSON line per question, or None.
 
     Returns:
@@ -64,7 +69,7 @@ def evaluate_tasks(
     import lm_eval  # takes seconds to import, and most commands need it never
     from lm_eval.models.huggingface import HFLM
 
-    with _configured(options) as tasks, _data_explained(tasks.names):
+    with _reporting_to(progress, stage), _configured(options) as tasks, _data_explained(tasks.names):
         results = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size),
             tasks=tasks.specifications,
@@ -88,35 +93,19 @@ def require_tasks(options: TaskOptions) -> None:
     Raises:
         DataError: a task is unknown, or its data cannot be had.
     """
-    with _configured(options) as tasks, _data_explained(tasks.names):
+    with _reporting_to(NoProgress(), ""), _configured(options) as tasks, _data_explained(tasks.names):
         tasks.manager.load(tasks.specifications)
 
 
-def compare_on_tasks(
-    models: Mapping[str, Callable[[], PreTrainedModel]],
-    tokenizer: PreTrainedTokenizerBase,
-    options: TaskOptions,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Evaluate several models on the same tasks, one model in memory at a time.
+def side_by_side(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What several models answered to the same tasks.
 
     Args:
-        models: loads each model, by its name.
-        tokenizer: of the models.
-        options: what to evaluate.
-        progress: is told about every model.
+        results: by model, what `evaluate_tasks` returned.
 
     Returns:
         As `evaluate_tasks`, but in place of the "metrics" of a task those of every model under its name.
-
-    Raises:
-        QuantlabError: a task's data cannot be had, or a model cannot be loaded.
     """
-    progress.begin(f"tasks {', '.join(options.tasks)}", len(models), "models")
-    results = {}
-    for name, load in models.items():
-        results[name] = evaluate_tasks(load(), tokenizer, options)
-        progress.advance()
     first = next(iter(results.values()))
     tasks = {
         task: {key: value for key, value in description.items() if key != "metrics"}
@@ -134,6 +123,47 @@ class _Tasks:
     local: set[str]
     specifications: list[str | dict[str, Any]]
     manager: Any
+
+
+@contextmanager
+def _reporting_to(progress: Progress, stage: str) -> Iterator[None]:
+    """Inside, lm-eval and what it is built on show no bars and no remarks; `progress` counts the answers."""
+    from datasets import utils as datasets
+    from lm_eval.models import huggingface
+
+    def bar(iterable: Iterable[Any] | None = None, total: int = 0, **_: object) -> Any:
+        return _Bar(progress, stage, total) if iterable is None else iterable
+
+    def hide_bar(self: object, *args: object, **kwargs: object) -> None:
+        make_bar(self, *args, **kwargs | {"disable": True})
+
+    logger, tqdm = logging.getLogger("lm_eval"), huggingface.tqdm
+    make_bar, level, with_bars = tqdm.__init__, logger.level, not datasets.are_progress_bars_disabled()
+    try:
+        logger.setLevel(logging.ERROR)
+        datasets.disable_progress_bars()
+        tqdm.__init__ = hide_bar
+        huggingface.tqdm = bar
+        yield
+    finally:
+        huggingface.tqdm, tqdm.__init__ = tqdm, make_bar
+        logger.setLevel(level)
+        if with_bars:
+            datasets.enable_progress_bars()
+
+
+class _Bar:
+    """In the place of the bar that lm-eval would show over the requests to a model."""
+
+    def __init__(self, progress: Progress, stage: str, total: int) -> None:
+        self._progress = progress
+        progress.begin(stage, total, "answers")
+
+    def update(self, count: int) -> None:
+        self._progress.advance(count)
+
+    def close(self) -> None:
+        """A stage ends by itself."""
 
 
 @contextmanager

@@ -14,9 +14,8 @@ from quantlab.evaluate.protocols import EvaluationWindows
 from quantlab.evaluate.scores import (
     Estimate,
     TokenScores,
-    agreement,
-    divergence,
     negative_log_likelihood,
+    pair_scores,
     perplexity,
     scored_positions,
 )
@@ -81,10 +80,8 @@ def measure_pair(
     scores: dict[str, list[Tensor]] = {"float": [], "quantized": [], "kl": [], "top1_agreement": []}
     for index, ids in enumerate(batches_of(windows)):
         float_logits, quantized_logits = float_forward(index, ids), quantized_forward(index, ids)
-        scores["float"].append(negative_log_likelihood(float_logits, ids))
-        scores["quantized"].append(negative_log_likelihood(quantized_logits, ids))
-        scores["kl"].append(divergence(float_logits, quantized_logits))
-        scores["top1_agreement"].append(agreement(float_logits, quantized_logits))
+        for name, values in pair_scores(float_logits, quantized_logits, ids).items():
+            scores[name].append(values)
         progress.advance(len(ids))
     estimates = {name: _estimate(windows, values) for name, values in scores.items()}
     for name in ("float", "quantized"):

@@ -22,9 +22,6 @@ from quantlab.evaluate.subject import Subject
 from quantlab.memory import peak_rss_bytes
 from quantlab.progress import Progress
 
-PROFILE_FILE = "profile.json"
-"""Of a run folder: what `profile_subjects` returns for the run beside the float model."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileOptions:

@@ -73,13 +73,32 @@ def negative_log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
     return flat.view(ids.shape[0], -1).double()
 
 
-def divergence(float_logits: Tensor, quantized_logits: Tensor) -> Tensor:
-    """KL(float || quantized) of each prediction of a next token, in nats: (windows, sequence_length - 1) float64."""
-    reference = torch.log_softmax(float_logits[:, :-1].float(), dim=-1)
-    other = torch.log_softmax(quantized_logits[:, :-1].float(), dim=-1)
-    return torch.nn.functional.kl_div(other, reference, log_target=True, reduction="none").sum(dim=-1).double()
+def pair_scores(float_logits: Tensor, quantized_logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    """How two models predicted each next token, and how far the one is from the other.
+
+    One window at a time, with the logarithms of each model's probabilities taken once: for large vocabularies they are
+    what takes the time and the memory.
+
+    Args:
+        float_logits: (windows, sequence_length, vocabulary).
+        quantized_logits: the same of the quantized model.
+        ids: (windows, sequence_length).
+
+    Returns:
+        (windows, sequence_length - 1) float64 each: "float" and "quantized" are negative log-likelihoods and "kl" is
+        KL(float || quantized), in nats; "top1_agreement" is 1 where both models find the same next token likeliest.
+    """
+    windows = [_pair_scores(*window) for window in zip(float_logits, quantized_logits, ids, strict=True)]
+    return {name: torch.stack([scores[name] for scores in windows]).double() for name in windows[0]}
 
 
-def agreement(float_logits: Tensor, quantized_logits: Tensor) -> Tensor:
-    """1 where both models find the same next token likeliest, else 0: (windows, sequence_length - 1) float64."""
-    return (float_logits[:, :-1].argmax(dim=-1) == quantized_logits[:, :-1].argmax(dim=-1)).double()
+def _pair_scores(float_logits: Tensor, quantized_logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    reference = torch.log_softmax(float_logits[:-1].float(), dim=-1)
+    other = torch.log_softmax(quantized_logits[:-1].float(), dim=-1)
+    targets = ids[1:, None]
+    return {
+        "float": -reference.gather(1, targets)[:, 0],
+        "quantized": -other.gather(1, targets)[:, 0],
+        "kl": torch.nn.functional.kl_div(other, reference, log_target=True, reduction="none").sum(dim=-1),
+        "top1_agreement": (float_logits[:-1].argmax(dim=-1) == quantized_logits[:-1].argmax(dim=-1)).float(),
+    }

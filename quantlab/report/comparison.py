@@ -19,19 +19,43 @@ BUDGET_TOLERANCE = 1.05
 NOISE = 2.0
 """A difference counts if it exceeds this many standard errors."""
 
+NOT_MEASURED = "—"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
     """A measured value.
 
     Attributes:
-        mean: over the seeds.
-        standard_error: over the seeds; with one seed over the windows of the text, where that says something about
-            the difference between methods, otherwise NaN.
+        mean: over the seeds; NaN if it was not measured.
+        standard_error: over the seeds; with one seed over the windows of the text or the questions of the tasks,
+            where that says something about the difference between methods, otherwise NaN.
     """
 
     mean: float
     standard_error: float
+
+
+UNKNOWN = Value(mean=math.nan, standard_error=math.nan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatRow:
+    """The model that all methods started from.
+
+    Attributes:
+        bits_per_weight: stored bits per parameter.
+        checkpoint_bytes: of its weight files.
+        perplexity: by text.
+        accuracy: mean over the tasks; NaN without tasks.
+        tokens_per_s: of its generation, in turns with the quantized models; NaN if not measured.
+    """
+
+    bits_per_weight: float
+    checkpoint_bytes: int
+    perplexity: Mapping[str, float]
+    accuracy: float = math.nan
+    tokens_per_s: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +71,13 @@ class ComparisonRow:
         bits_per_weight: over the quantized weights.
         checkpoint_bytes: of the checkpoint.
         perplexity: by text.
-        float_perplexity: by text.
         kl: divergence from the float model by text, nats per token.
+        accuracy: mean over the tasks.
         quantize_s: time to quantize.
         peak_rss_bytes: of the process until it had quantized.
+        tokens_per_s: of generation; NaN if not measured.
         fallbacks: layers on which the method departed from its options, over all seeds.
+        reference: the float model, as measured beside it; None without finished runs.
     """
 
     variant: str
@@ -62,11 +88,13 @@ class ComparisonRow:
     bits_per_weight: float = math.nan
     checkpoint_bytes: int = 0
     perplexity: Mapping[str, Value] = field(default_factory=dict)
-    float_perplexity: Mapping[str, float] = field(default_factory=dict)
     kl: Mapping[str, Value] = field(default_factory=dict)
+    accuracy: Value = UNKNOWN
     quantize_s: float = math.nan
     peak_rss_bytes: int = 0
+    tokens_per_s: float = math.nan
     fallbacks: int = 0
+    reference: FloatRow | None = None
 
 
 def comparison_row(variant: str, bits: int, records: Sequence[RunRecord], failure: str | None) -> ComparisonRow:
@@ -92,18 +120,39 @@ def comparison_row(variant: str, bits: int, records: Sequence[RunRecord], failur
         perplexity={
             text: _over_seeds([record.perplexity[text]["quantized"] for record in records], math.nan) for text in first
         },
-        float_perplexity={text: values["float"] for text, values in first.items()},
         kl={
             text: _over_seeds([record.perplexity[text]["kl"] for record in records], values["kl_standard_error"])
             for text, values in first.items()
         },
+        accuracy=_over_seeds(
+            [_or_nan(record.mean_accuracy("quantized")) for record in records], records[0].accuracy_error("quantized")
+        ),
         quantize_s=statistics.mean(manifest["stages_s"]["quantize"] for manifest in manifests),
         peak_rss_bytes=max(manifest["memory"]["quantize_peak_rss_bytes"] for manifest in manifests),
+        tokens_per_s=_measured([record.tokens_per_s("quantized") for record in records]),
         fallbacks=sum(len(manifest["fallbacks"]) for manifest in manifests),
+        reference=FloatRow(
+            bits_per_weight=records[0].source_bits_per_weight,
+            checkpoint_bytes=manifests[0]["source_bytes"],
+            perplexity={text: values["float"] for text, values in first.items()},
+            accuracy=_or_nan(records[0].mean_accuracy("float")),
+            tokens_per_s=_measured([record.tokens_per_s("float") for record in records]),
+        ),
     )
 
 
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _measured(values: Sequence[float]) -> float:
+    """The first that was measured; NaN if none was."""
+    return next((value for value in values if not math.isnan(value)), math.nan)
+
+
 def _over_seeds(values: Sequence[float], alone: float) -> Value:
+    if any(map(math.isnan, values)):
+        return UNKNOWN
     spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else alone
     return Value(mean=statistics.mean(values), standard_error=spread)
 
@@ -120,43 +169,79 @@ def mark_budgets(rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
     ]
 
 
-def best_row(rows: Sequence[ComparisonRow], value: Callable[[ComparisonRow], Value]) -> ComparisonRow | None:
-    """The row with the lowest value, if it is lower than the next one by more than the noise of both."""
-    ranked = sorted((row for row in rows if row.seeds), key=lambda row: value(row).mean)
+def best_row(
+    rows: Sequence[ComparisonRow], value: Callable[[ComparisonRow], Value], *, highest: bool = False
+) -> ComparisonRow | None:
+    """The row with the lowest value, if it is lower than the next one by more than the noise of both.
+
+    Args:
+        rows: that compete.
+        value: of a row; rows without one take no part.
+        highest: look for the highest value instead.
+    """
+    sign = -1 if highest else 1
+    known = [row for row in rows if row.seeds and not math.isnan(value(row).mean)]
+    ranked = sorted(known, key=lambda row: sign * value(row).mean)
     if len(ranked) < 2:
         return None
     first, second = value(ranked[0]), value(ranked[1])
     noise = math.hypot(first.standard_error, second.standard_error)
-    return ranked[0] if second.mean - first.mean > NOISE * noise else None  # not if the noise is unknown
+    lead = sign * (second.mean - first.mean)
+    return ranked[0] if lead > NOISE * noise else None  # not if the noise is unknown
 
 
 def table_rows(rows: Sequence[ComparisonRow]) -> list[list[str]]:
-    """The table as text, header first; the best value of a column at each code width is marked with *."""
-    texts = list(next((row.perplexity for row in rows if row.seeds), {}))
+    """The table as text: header, float model, methods; the best value of a column at each code width has a *."""
+    texts = _texts(rows)
     header = ["method", "bits", "bits/weight", "size"]
     for text in texts:
         header += [f"perplexity {text}", "to float", "KL to float"]
-    lines = [[*header, "quantization", "peak memory", "fallbacks"]]
+    lines = [[*header, "tasks", "quantization", "peak memory", "tokens/s", "fallbacks"]]
+    reference = next((row.reference for row in rows if row.reference is not None), None)
+    if reference is not None:
+        lines.append(_float_cells(reference, texts))
     for row in rows:
-        if not row.seeds:
+        if row.seeds:
+            lines.append(_cells(row, [other for other in rows if other.bits == row.bits], texts))
+        else:
             lines.append([row.variant, str(row.bits), *[""] * (len(lines[0]) - 3), row.failure or ""])
-            continue
-        peers = [other for other in rows if other.bits == row.bits]
-        cells = [
-            row.variant + (" !" if row.failure else ""),
-            str(row.bits),
-            f"{row.bits_per_weight:.3f}" + (" +" if row.over_budget else ""),
-            format_bytes(row.checkpoint_bytes),
-        ]
-        for text in texts:
-            difference = row.perplexity[text].mean - row.float_perplexity[text]
-            cells += [
-                _shown(row, peers, _perplexity_on(text), 3),
-                f"{difference:+.3f}",
-                _shown(row, peers, _kl_on(text), 4),
-            ]
-        lines.append([*cells, format_duration(row.quantize_s), format_bytes(row.peak_rss_bytes), str(row.fallbacks)])
     return lines
+
+
+def _texts(rows: Sequence[ComparisonRow]) -> list[str]:
+    return list(next((row.perplexity for row in rows if row.seeds), {}))
+
+
+def _float_cells(reference: FloatRow, texts: Sequence[str]) -> list[str]:
+    bits = f"{reference.bits_per_weight:.4g}"
+    cells = ["float", "", bits, format_bytes(reference.checkpoint_bytes)]
+    for text in texts:
+        cells += [f"{reference.perplexity[text]:.3f}", "", ""]
+    return [*cells, _percent(reference.accuracy), "", "", _speed(reference.tokens_per_s), ""]
+
+
+def _cells(row: ComparisonRow, peers: Sequence[ComparisonRow], texts: Sequence[str]) -> list[str]:
+    cells = [
+        row.variant + (" !" if row.failure else ""),
+        str(row.bits),
+        f"{row.bits_per_weight:.3f}" + (" +" if row.over_budget else ""),
+        format_bytes(row.checkpoint_bytes),
+    ]
+    for text in texts:
+        reference = math.nan if row.reference is None else row.reference.perplexity[text]
+        cells += [
+            _shown(row, peers, _perplexity_on(text), 3),
+            f"{row.perplexity[text].mean - reference:+.3f}",
+            _shown(row, peers, _kl_on(text), 4),
+        ]
+    return [
+        *cells,
+        _shown_accuracy(row, peers),
+        format_duration(row.quantize_s),
+        format_bytes(row.peak_rss_bytes),
+        _speed(row.tokens_per_s),
+        str(row.fallbacks),
+    ]
 
 
 def _perplexity_on(text: str) -> Callable[[ComparisonRow], Value]:
@@ -175,15 +260,40 @@ def _shown(
     return f"{own.mean:.{digits}f}{spread}{' *' if best_row(peers, value) is row else ''}"
 
 
+def _shown_accuracy(row: ComparisonRow, peers: Sequence[ComparisonRow]) -> str:
+    own = row.accuracy
+    spread = "" if math.isnan(own.standard_error) else f" ± {100 * own.standard_error:.1f}"
+    is_best = best_row(peers, lambda other: other.accuracy, highest=True) is row
+    return f"{_percent(own.mean)}{spread}{' *' if is_best else ''}"
+
+
+def _percent(share: float) -> str:
+    return NOT_MEASURED if math.isnan(share) else f"{share:.1%}"
+
+
+def _speed(tokens_per_s: float) -> str:
+    return NOT_MEASURED if math.isnan(tokens_per_s) else f"{tokens_per_s:.3g}"
+
+
 def caption(rows: Sequence[ComparisonRow]) -> str:
     """What the marks mean, of those that occur."""
     seeds = max((row.seeds for row in rows), default=0)
-    errors = "over seeds" if seeds > 1 else "over windows of text, one seed"
-    notes = [f"± standard error {errors}", f"* lowest at its width by more than {NOISE:g} standard errors"]
+    errors = "over seeds" if seeds > 1 else "over windows of text and questions, one seed"
+    notes = [f"± standard error {errors}", f"* best at its width by more than {NOISE:g} standard errors"]
     if any(row.over_budget for row in rows):
         notes.append(f"+ stores over {BUDGET_TOLERANCE - 1:.0%} more than the leanest method at its width")
     if any(row.failure and row.seeds for row in rows):
         notes.append("! some seeds failed")
+    missing = [
+        flag
+        for flag, values in (
+            ("--tasks", [row.accuracy.mean for row in rows]),
+            ("--profile", [row.tokens_per_s for row in rows]),
+        )
+        if any(map(math.isnan, values))
+    ]
+    if missing:
+        notes.append(f"{NOT_MEASURED} not measured ({', '.join(missing)})")
     return "; ".join(notes)
 
 
@@ -211,20 +321,23 @@ def markdown_table(rows: Sequence[ComparisonRow]) -> str:
 
 def csv_table(rows: Sequence[ComparisonRow]) -> str:
     """The values as CSV, one line per row."""
-    texts = list(next((row.perplexity for row in rows if row.seeds), {}))
+    texts = _texts(rows)
     output = io.StringIO()
     writer = csv.writer(output)
     plain = ["variant", "bits", "seeds", "bits_per_weight", "checkpoint_bytes", "quantize_s", "peak_rss_bytes"]
-    plain += ["fallbacks", "over_budget", "failure"]
+    plain += ["tokens_per_s", "fallbacks", "over_budget", "failure"]
     measured = [f"{name} {text}" for text in texts for name in ("perplexity", "perplexity_se", "float", "kl", "kl_se")]
-    writer.writerow([*plain, *measured])
+    writer.writerow([*plain, "accuracy", "accuracy_se", *measured])
     for row in rows:
         values: list[object] = [getattr(row, name) for name in plain]
-        for text in texts if row.seeds else []:
-            perplexity, kl = row.perplexity[text], row.kl[text]
-            values += [perplexity.mean, perplexity.standard_error, row.float_perplexity[text], kl.mean]
-            values.append(kl.standard_error)
-        writer.writerow(values)
+        values += [row.accuracy.mean, row.accuracy.standard_error]
+        if row.reference is not None:
+            for text in texts:
+                perplexity, kl = row.perplexity[text], row.kl[text]
+                values += [perplexity.mean, perplexity.standard_error, row.reference.perplexity[text]]
+                values += [kl.mean, kl.standard_error]
+        unknown = [isinstance(value, float) and math.isnan(value) for value in values]
+        writer.writerow(["" if missing else value for value, missing in zip(values, unknown, strict=True)])
     return output.getvalue()
 
 

@@ -1,11 +1,12 @@
 """Reading the two records of a finished run."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantlab.checkpoint.names import MANIFEST_NAME
+from quantlab.checkpoint.names import MANIFEST_NAME, PROFILE_FILE
 from quantlab.errors import UsageError
 
 
@@ -14,14 +15,18 @@ class RunRecord:
     """What a run left behind.
 
     Attributes:
+        folder: of the run.
         manifest: content of manifest.json: model, method, storage, timings, layers, provenance.
         perplexity: by protocol, what `quantlab.evaluate.perplexity.measure_pair` returns.
-        tasks: by task, what `quantlab.evaluate.harness.compare_on_tasks` returns.
+        tasks: by task, what `quantlab.evaluate.harness.side_by_side` returns.
+        profile: what `quantlab.evaluate.profile.profile_subjects` returned for it; None if it was not measured.
     """
 
+    folder: Path
     manifest: dict[str, Any]
     perplexity: dict[str, dict[str, Any]]
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    profile: dict[str, Any] | None = None
 
     def mean_accuracy(self, model: str) -> float | None:
         """The mean accuracy over the tasks that have one, as papers report it; None without such tasks.
@@ -31,6 +36,33 @@ class RunRecord:
         """
         values = [task[model]["acc"]["value"] for task in self.tasks.values() if "acc" in task[model]]
         return sum(values) / len(values) if values else None
+
+    def accuracy_error(self, model: str) -> float:
+        """Standard error of the mean accuracy over the questions; NaN if that of a task is not known.
+
+        Args:
+            model: "float" or "quantized".
+        """
+        errors = [task[model]["acc"]["standard_error"] for task in self.tasks.values() if "acc" in task[model]]
+        return math.hypot(*errors) / len(errors) if errors and None not in errors else math.nan
+
+    def tokens_per_s(self, model: str) -> float:
+        """Speed of generation; NaN if it was not measured.
+
+        Args:
+            model: "float" or "quantized".
+
+        Raises:
+            UsageError: the profile is damaged.
+        """
+        if self.profile is None:
+            return math.nan
+        try:
+            models = self.profile["models"]
+            measured = models.get(self.manifest["model"]["path"]) if model == "float" else [*models.values()][-1]
+            return math.nan if measured is None else float(measured["tokens_per_s"])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise damaged_profile(self.folder, error) from error
 
     @property
     def label(self) -> str:
@@ -51,10 +83,33 @@ def read_record(run_folder: Path) -> RunRecord:
     """Read the records of a run.
 
     Raises:
-        UsageError: the folder is not that of a finished run.
+        UsageError: the folder is not that of a finished run, or its profile is damaged.
     """
     manifest, evaluation = (_read(run_folder / name) for name in (MANIFEST_NAME, "eval.json"))
-    return RunRecord(manifest=manifest, perplexity=evaluation["perplexity"], tasks=evaluation.get("tasks", {}))
+    return RunRecord(
+        folder=run_folder,
+        manifest=manifest,
+        perplexity=evaluation["perplexity"],
+        tasks=evaluation.get("tasks", {}),
+        profile=_read_profile(run_folder),
+    )
+
+
+def damaged_profile(run_folder: Path, error: Exception) -> UsageError:
+    """What to say if the profile of a run is not as it was written."""
+    return UsageError(
+        f"cannot read {run_folder / PROFILE_FILE}: {error}; `quantlab profile {run_folder}` writes it anew"
+    )
+
+
+def _read_profile(run_folder: Path) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads((run_folder / PROFILE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise damaged_profile(run_folder, error) from error
+    return content
 
 
 def _read(path: Path) -> dict[str, Any]:

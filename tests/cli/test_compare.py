@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from quantlab import compare as module
+from quantlab import pipeline
 from quantlab.cli.app import invoke
+from quantlab.engine import stream
 from quantlab.errors import NumericalError, ResumableError
 
 SMALL = ("--num-samples", "1", "--sequence-length", "32", "--num-windows", "2")
@@ -50,8 +52,54 @@ def test_methods_share_calibration_and_evaluation_and_end_in_a_table(compare, tm
     cells = sorted((tmp_path / "out" / "cells").glob("*/manifest.json"))
     manifests = [json.loads(path.read_text()) for path in cells]
     assert len({manifest["calibration"]["token_sha256"] for manifest in manifests}) == 1
-    assert len({line["float_perplexity"]["stdlib"] for line in table}) == 1
+    assert len({line["reference"]["perplexity"]["stdlib"] for line in table}) == 1
     assert "| rtn | 4 |" in (tmp_path / "out" / "compare.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # lm-eval's own
+def test_tasks_and_speed_are_measured_on_demand_and_the_float_model_answers_once(compare, tmp_path, monkeypatch, capfd):
+    answered = []
+    evaluate = pipeline.evaluate_tasks
+
+    def remember(model, tokenizer, options, progress, stage):
+        answered.append(stage)
+        return evaluate(model, tokenizer, options, progress, stage)
+
+    monkeypatch.setattr(pipeline, "evaluate_tasks", remember)
+    monkeypatch.setattr(module, "PROFILED_TOKENS", 4)
+    assert compare("rtn", "kmeans", "--tasks", "stdlib_continuation", "--limit", "4", "--profile", "-q") == 0
+    output, errors = capfd.readouterr()
+    assert errors == ""
+    assert "not measured" not in output
+    assert answered == ["tasks, float model", "tasks, quantized model", "tasks, quantized model"]
+    for line in rows(tmp_path):
+        assert 0 <= line["accuracy"]["mean"] <= 1
+        assert line["tokens_per_s"] > 0 < line["reference"]["tokens_per_s"]
+    profile = tmp_path / "out/cells/rtn-w4-s0/profile.json"
+    before = profile.stat().st_mtime_ns
+    assert compare("rtn", "kmeans", "--tasks", "stdlib_continuation", "--limit", "4", "--profile", "-q") == 0
+    assert profile.stat().st_mtime_ns == before
+
+
+def test_gradients_of_the_float_model_are_collected_once_and_count_for_every_run(compare, tmp_path, monkeypatch):
+    collected = []
+    collect = stream.collect_gradients
+
+    def remember(source, ids, dtype, options, folder, *rest):
+        found = folder.exists()
+        collected.append((found, collect(source, ids, dtype, options, folder, *rest)))
+        return collected[-1][1]
+
+    monkeypatch.setattr(stream, "collect_gradients", remember)
+    assert compare("kmeans@squeezellm", "--bits", "4,3", "-q") == 0
+    assert [found for found, _ in collected] == [False, True]
+    for path in (tmp_path / "out" / "cells").glob("*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        assert manifest["stages_s"]["quantize"] > manifest["engine_s"]["statistics"] >= collected[0][1] - 0.001
+    shared = json.loads((tmp_path / "out/cells/kmeans-squeezellm-w3-s0/manifest.json").read_text())
+    recipe = tmp_path / "out" / "cells" / "kmeans-squeezellm-w3-s0.yaml"
+    assert invoke(["run", str(recipe), "--output-dir", str(tmp_path / "alone"), "-q"]) == 0
+    assert json.loads((tmp_path / "alone" / "manifest.json").read_text())["files"] == shared["files"]
 
 
 def test_finished_cells_are_never_computed_again_and_more_can_be_added(compare, executed):

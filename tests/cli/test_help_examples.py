@@ -20,6 +20,7 @@ NOT_RUN = {
     "quantlab compare rtn gptq ganq --bits 4,3": MINUTES,
     "quantlab compare ganq ganq@paper gptq --model llama-7b --bits 4 --calibration c4 --perplexity wikitext2": NETWORK,
     "quantlab compare ganq lnq ./my_method.yaml --bits 3 --seeds 3 --set ganq.iterations=20": MINUTES,
+    "quantlab compare rtn ganq --tasks stdlib_continuation --limit 100 --profile": MINUTES,
     "quantlab eval ./my-model --perplexity wikitext2 --perplexity c4-new --tasks ganq-zeroshot": NETWORK,
     "quantlab eval runs/ganq_w4-demo/model --against demo --perplexity stdlib --sequence-length 512": MINUTES,
     "quantlab eval runs/ganq_w4-demo --memory-budget 4GiB": MINUTES,

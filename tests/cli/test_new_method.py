@@ -108,6 +108,9 @@ def broken(tmp_path, monkeypatch):
     distribute(tmp_path, "third-party-without-module", "without_module = no_such_module:Method")
     distribute(tmp_path, "third-party-malformed", "malformed = ???")
     distribute(tmp_path, "third-party-claims-a-name", "raises = third_party_raises:Other")
+    distribute(tmp_path, "third-party-without-value", "no value in this line")
+    distribute(tmp_path, "third-party-undecodable", "")
+    (tmp_path / "third_party_undecodable-0.1.0.dist-info" / "entry_points.txt").write_bytes(b"[\xff\xfe\x00")
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -140,7 +143,9 @@ def test_doctor_names_every_broken_plugin(broken):
     from quantlab import doctor
 
     levels = {finding.name: finding.level for finding in doctor._methods()}
-    assert {name for name, level in levels.items() if level == "broken"} == {*BROKEN, "without_module", "malformed"}
+    undiscovered = {"third-party-without-value", "third-party-undecodable"}
+    broken_names = {*BROKEN, "without_module", "malformed", *undiscovered}
+    assert {name for name, level in levels.items() if level == "broken"} == broken_names
     assert levels["ganq"] == levels["rtn"] == "ok"
 
 
@@ -166,3 +171,7 @@ def test_a_generated_project_installs_into_a_fresh_environment(tmp_path):
     assert rows["toy"]["distribution"] == "quantlab-toy"
     call("-m", "quantlab", "check", "toy")
     call("-m", "pytest", "-q")
+    small = ["--num-samples=1", "--sequence-length=32", "--num-windows=2", "--output-dir=compared", "--json"]
+    quick = ["--set=ganq.iterations=1", "--set=ganq.polish_rounds=0"]
+    compared = json.loads(call("-m", "quantlab", "compare", "toy", "ganq", *small, *quick))
+    assert [(row["variant"], row["seeds"], row["failure"]) for row in compared] == [("toy", 1, None), ("ganq", 1, None)]

@@ -102,6 +102,15 @@ def test_live_panel_cuts_details_to_the_width_of_the_terminal():
     assert "x" * 40 not in terminal.getvalue()
 
 
+def test_live_panel_stays_small_through_many_stages():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None, legacy_windows=False)
+    with LiveProgress(console) as progress:
+        for stage in range(40):
+            progress.begin(f"stage {stage}", 2, "u")
+            progress.advance()
+        assert [task.description for task in progress._bars.tasks] == [f"stage {stage}" for stage in range(34, 40)]
+
+
 def test_quiet_is_silent_and_files_get_lines():
     with choose_progress(quiet=True) as quiet, choose_progress(quiet=False) as lines:
         assert isinstance(quiet, NoProgress)

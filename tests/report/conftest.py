@@ -51,6 +51,11 @@ def manifest(**changes):
             "expected_peak_bytes": 700_000_000,
             "quantize_peak_rss_bytes": 650_000_000,
             "parts": {"runtime": 500_000_000, "weights": 200_000_000},
+            "timeline": {
+                "interval_s": 5.0,
+                "bytes": [300_000_000, 640_000_000, 650_000_000, *[812_000_000] * 12],
+                "stages": {"read_text": 0.0, "quantize": 1.0, "evaluate": 13.0},
+            },
         },
         "layers": [layer(f"model.layers.{block}.{name}", 0.01 + 0.01 * block) for block in (0, 1) for name in LAYERS],
         "fallbacks": [],
@@ -141,6 +146,7 @@ def hostile_run(tmp_path):
         files={text: text},
     )
     content["memory"]["parts"] = {text: 5}
+    content["memory"]["timeline"]["stages"] = {text: 0.0}
     return write_run(tmp_path / "hostile", content, scores)
 
 

@@ -124,7 +124,7 @@ def test_ids_are_unique_and_everything_referred_to_exists(comparison):
 def test_pictures_and_tables_can_be_used_without_seeing_them(run_folder):
     outline = Outline(page_of(run_folder))
     pictures = outline.named("svg")
-    assert len(pictures) == 6
+    assert len(pictures) == 7
     assert all(picture["role"] == "img" and picture["aria-labelledby"] for picture in pictures)
     names = [name for name, _ in outline.elements]
     assert names.count("caption") == names.count("table") == 2

@@ -8,9 +8,10 @@ from safetensors.torch import load_file, save_file
 from quantlab.errors import UsageError
 from quantlab.models import resolve_model
 from quantlab.report.html.codebooks import codebooks
-from quantlab.report.html.convergence import convergence
+from quantlab.report.html.convergence import convergence, convergence_of_methods, curves
 from quantlab.report.html.experts import experts
 from quantlab.report.html.layers import grid
+from quantlab.report.html.overview import overview
 from quantlab.report.html.published import find_published, published, read_published, recipe_of
 from quantlab.report.html.resources import resources
 from quantlab.report.html.runs import find_runs
@@ -136,7 +137,70 @@ def test_convergence_is_drawn_for_methods_that_report_it(run_folder):
             layer["diagnostics"] = {f"loss_{iteration}": 8 / (1 + iteration) for iteration in range(12)}
 
     part = convergence(edit(run_folder, add_losses), "")
-    assert "6 layers end at 0.083 to 0.083 of their first loss." in part.content
+    assert "1 curves end at 0.083 to 0.083 of their first loss, the median at 0.083." in part.content  # solved together
+
+
+def test_groups_of_layers_have_a_curve_each_and_their_median(run_folder):
+    def add_losses(content):
+        for block, layer in enumerate(content["layers"]):
+            fall = 0.5 if block < 4 else 0.1  # q, up, down and q again were solved together
+            layer["diagnostics"] = {"loss_0": 8.0, "loss_1": 8 * fall, "damping": 0.01, "loss_x": 3.0}
+
+    run = edit(run_folder, add_losses)
+    assert [curve.losses for curve in curves(run.layers)] == [(8.0, 4.0), (8.0, 0.8)]
+    assert [curve.ratio for curve in curves(run.layers)] == [pytest.approx(0.3125), pytest.approx(0.5)]
+    assert "2 curves end at 0.100 to 0.500 of their first loss, the median at 0.300." in convergence(run, "").content
+
+
+def test_methods_converge_side_by_side_as_multiples_of_round_to_nearest(comparison):
+    for name, losses in (("ganq", [8.0, 4.0, 2.0]), ("gptq", [3.0, 3.0])):
+        path = comparison / "cells" / f"{name}-w4-s0" / "manifest.json"
+        content = json.loads(path.read_text())
+        for layer in content["layers"]:
+            layer |= {"relative_loss": 0.01, "rtn_relative_loss": 0.04}
+            layer["diagnostics"] = {f"loss_{step}": loss for step, loss in enumerate(losses)}
+        path.write_text(json.dumps(content))
+    runs, _ = find_runs([comparison])
+    content = convergence_of_methods(runs).content
+    assert "Loss by step, 4 bits" in content
+    assert "ganq from 1.000 to 0.250; gptq from 0.250 to 0.250." in content
+    assert convergence_of_methods(runs[:1]) is None
+
+
+def test_memory_over_time_has_the_budget_and_every_stage(run_folder):
+    content = resources(the_run(run_folder), "").content
+    listed = "read text up to 300 MB; quantize up to 650 MB; evaluate up to 812 MB; budget 900 MB."
+    assert listed in content
+    run = edit(run_folder, lambda content: content["memory"].update(budget_bytes=None))
+    assert "No budget was set" in resources(run, "").content
+    run = edit(run_folder, lambda content: content["memory"].pop("timeline"))  # of a former version, or not on Linux
+    assert "Memory over time" not in resources(run, "").content
+
+
+@pytest.mark.parametrize(
+    "timeline",
+    [
+        {"interval_s": 0, "bytes": [1], "stages": {}},
+        {"interval_s": "1", "bytes": [1], "stages": {}},
+        {"interval_s": 1.0, "bytes": ["<b>"], "stages": {}},
+        {"interval_s": 1.0, "bytes": [1], "stages": {"quantize": None}},
+        {"bytes": [1]},
+    ],
+)
+def test_a_timeline_that_cannot_be_drawn_is_one_clear_error(run_folder, timeline):
+    with pytest.raises(UsageError, match="cannot show"):
+        edit(run_folder, lambda content: content["memory"].update(timeline=timeline))
+
+
+def test_speed_of_generation_is_a_column_where_it_was_measured(comparison):
+    runs, _ = find_runs([comparison])
+    assert "Tokens/s" not in overview(runs, []).content
+    models = {"demo": {"tokens_per_s": 321.4}, "mine": {"tokens_per_s": 654.3}}
+    (runs[0].folder / "profile.json").write_text(json.dumps({"models": models}))
+    runs, _ = find_runs([comparison])
+    content = overview(runs, []).content
+    assert "Tokens/s" in content
+    assert content.count(">321<") == content.count(">654<") == 1
 
 
 def test_budget_and_measured_peak_stand_beside_the_expected_parts(run_folder):
@@ -144,7 +208,7 @@ def test_budget_and_measured_peak_stand_beside_the_expected_parts(run_folder):
     assert "Expected peak 700 MB; measured while quantizing 650 MB; budget 900 MB; whole run 812 MB." in content
     assert "runtime 500 MB; weights 200 MB; measured while quantizing 650 MB; budget 900 MB." in content
     run = edit(run_folder, lambda content: content["memory"].update(budget_bytes=None))
-    assert "budget" not in resources(run, "").content
+    assert "budget 9" not in resources(run, "").content
 
 
 def test_time_that_the_engine_does_not_account_for_is_shown(run_folder):
@@ -275,8 +339,8 @@ def test_another_kind_of_accuracy_is_not_compared(paper_run, changes):
 
 def write_profile(folder, **changes):
     models = {
-        "llama-7b": {"cuda_s": 9.9, "device_peak_bytes": 13 << 30},
-        "runs/mine": {"cuda_s": 3.3, "device_peak_bytes": 5 << 30},
+        "llama-7b": {"tokens_per_s": 30.0, "cuda_s": 9.9, "device_peak_bytes": 13 << 30},
+        "runs/mine": {"tokens_per_s": 90.0, "cuda_s": 3.3, "device_peak_bytes": 5 << 30},
     }
     profile = {"models": models, "new_tokens": 1024, "device": "cuda:0", "device_name": "A device", **changes}
     (folder / "profile.json").write_text(json.dumps(profile))
@@ -292,7 +356,10 @@ def test_our_generation_stands_beside_the_published_one(paper_run):
 
 
 def test_a_profile_beside_another_model_has_no_float_figure_of_ours(paper_run):
-    models = {"gptq": {"cuda_s": 7.77, "device_peak_bytes": 1}, "mine": {"cuda_s": 3.3, "device_peak_bytes": 1}}
+    models = {
+        "gptq": {"tokens_per_s": 40.0, "cuda_s": 7.77, "device_peak_bytes": 1},
+        "mine": {"tokens_per_s": 90.0, "cuda_s": 3.3, "device_peak_bytes": 1},
+    }
     write_profile(paper_run, models=models)
     content = published([the_run(paper_run)]).content
     assert "3.30" in content

@@ -1,11 +1,14 @@
 import csv
 import io
 import math
+from pathlib import Path
 
 import pytest
 
+from quantlab.errors import UsageError
 from quantlab.report.comparison import (
     ComparisonRow,
+    FloatRow,
     Value,
     best_row,
     caption,
@@ -19,20 +22,31 @@ from quantlab.report.comparison import (
 from quantlab.report.record import RunRecord
 
 
-def record(perplexity=9.0, kl=0.1, bits_per_weight=4.0, fallbacks=()):
+def record(perplexity=9.0, kl=0.1, bits_per_weight=4.0, fallbacks=(), **measured):
     return RunRecord(
+        folder=Path("runs/one"),
         manifest={
+            "model": {"path": "demo", "parameters": 4000},
             "bits_per_weight": bits_per_weight,
             "checkpoint_bytes": 1000,
+            "source_bytes": 8000,
             "stages_s": {"quantize": 2.0},
             "memory": {"quantize_peak_rss_bytes": 5000},
             "fallbacks": list(fallbacks),
         },
         perplexity={"stdlib": {"float": 8.0, "quantized": perplexity, "kl": kl, "kl_standard_error": 0.01}},
+        **measured,
     )
 
 
-def row(variant="a", bits=4, kl=0.1, error=0.001, bits_per_weight=4.0, seeds=1):
+def task(float_accuracy, accuracy, error):
+    return {
+        "float": {"acc": {"value": float_accuracy, "standard_error": error}},
+        "quantized": {"acc": {"value": accuracy, "standard_error": error}},
+    }
+
+
+def row(variant="a", bits=4, kl=0.1, error=0.001, bits_per_weight=4.0, seeds=1, **values):
     return ComparisonRow(
         variant=variant,
         bits=bits,
@@ -40,8 +54,9 @@ def row(variant="a", bits=4, kl=0.1, error=0.001, bits_per_weight=4.0, seeds=1):
         bits_per_weight=bits_per_weight,
         quantize_s=1.0,
         perplexity={"t": Value(mean=9.0, standard_error=math.nan)},
-        float_perplexity={"t": 8.0},
         kl={"t": Value(mean=kl, standard_error=error)},
+        reference=FloatRow(bits_per_weight=16, checkpoint_bytes=8000, perplexity={"t": 8.0}),
+        **values,
     )
 
 
@@ -96,3 +111,47 @@ def test_csv_and_json_hold_the_same_values():
     plain = json_rows(rows)[0]
     assert float(line["kl stdlib"]) == plain["kl"]["stdlib"]["mean"] == 0.1
     assert plain["perplexity"]["stdlib"]["standard_error"] is None
+
+
+def test_the_float_model_is_the_first_row():
+    header, reference, *_ = table_rows([comparison_row("ganq", 4, [record()], None)])
+    shown = dict(zip(header, reference, strict=True))
+    assert (shown["method"], shown["bits/weight"], shown["size"]) == ("float", "16", "8 kB")
+    assert shown["perplexity stdlib"] == "8.000"
+
+
+def test_what_was_not_measured_is_a_dash_and_the_caption_says_how_to_measure_it():
+    rows = [comparison_row("ganq", 4, [record()], None)]
+    shown = dict(zip(*[table_rows(rows)[index] for index in (0, 2)], strict=True))
+    assert shown["tasks"] == shown["tokens/s"] == "—"
+    assert "— not measured (--tasks, --profile)" in caption(rows)
+    line = next(csv.DictReader(io.StringIO(csv_table(rows))))
+    assert line["accuracy"] == line["tokens_per_s"] == ""
+
+
+def test_accuracy_is_the_mean_over_tasks_with_the_error_over_questions():
+    tasks = {"one": task(0.9, 0.6, 0.03), "two": task(0.7, 0.8, 0.04)}
+    result = comparison_row("ganq", 4, [record(tasks=tasks)], None)
+    assert result.accuracy == Value(mean=pytest.approx(0.7), standard_error=pytest.approx(0.025))
+    assert result.reference.accuracy == pytest.approx(0.8)
+    _, reference, own = table_rows([result])
+    assert "80.0%" in reference
+    assert "70.0% ± 2.5" in own
+
+
+def test_the_highest_accuracy_is_the_best():
+    low, high = (Value(mean=mean, standard_error=0.01) for mean in (0.5, 0.6))
+    lines = table_rows([row("a", accuracy=low), row("b", accuracy=high)])
+    assert [line[0] for line in lines if any(cell.endswith("± 1.0 *") for cell in line)] == ["b"]
+
+
+def test_speed_is_that_of_the_last_model_of_the_profile():
+    profile = {"models": {"demo": {"tokens_per_s": 50.0}, "runs/one": {"tokens_per_s": 123.4}}}
+    result = comparison_row("ganq", 4, [record(), record(profile=profile)], None)  # of two seeds one was measured
+    assert (result.tokens_per_s, result.reference.tokens_per_s) == (123.4, 50.0)
+    assert table_rows([result])[2][-2] == "123"
+
+
+def test_a_damaged_profile_is_one_clear_error():
+    with pytest.raises(UsageError, match=r"cannot read runs/one/profile\.json"):
+        comparison_row("ganq", 4, [record(profile={"models": {"runs/one": {}}})], None)

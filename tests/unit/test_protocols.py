@@ -15,9 +15,8 @@ from quantlab.errors import DataError
 from quantlab.evaluate.protocols import PROTOCOLS, WindowOptions, evaluation_windows, find_protocol
 from quantlab.evaluate.scores import (
     TokenScores,
-    agreement,
-    divergence,
     negative_log_likelihood,
+    pair_scores,
     perplexity,
     scored_positions,
 )
@@ -178,8 +177,12 @@ def test_tokens_that_are_not_scored_do_not_count():
 def test_divergence_is_zero_for_equal_models_and_positive_in_the_right_direction():
     generator = torch.Generator().manual_seed(0)
     one, other = torch.randn(2, 3, 5, 11, generator=generator)
-    assert divergence(one, one).abs().max() < 1e-6
+    ids = torch.randint(11, (3, 5), generator=generator)
+    assert pair_scores(one, one, ids)["kl"].abs().max() < 1e-6
     p, q = one[:, :-1].softmax(-1).double(), other[:, :-1].softmax(-1).double()
-    assert torch.allclose(divergence(one, other), (p * (p / q).log()).sum(-1), atol=1e-5)
-    assert agreement(one, one).min() == 1
-    assert 0 <= agreement(one, other).mean() < 1
+    scores = pair_scores(one, other, ids)
+    assert torch.allclose(scores["kl"], (p * (p / q).log()).sum(-1), atol=1e-5)
+    assert torch.equal(scores["float"], negative_log_likelihood(one, ids))
+    assert torch.equal(scores["quantized"], negative_log_likelihood(other, ids))
+    assert pair_scores(one, one, ids)["top1_agreement"].min() == 1
+    assert 0 <= scores["top1_agreement"].mean() < 1

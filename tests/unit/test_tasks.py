@@ -9,6 +9,7 @@ from quantlab.errors import DataError
 from quantlab.evaluate.harness import TaskOptions, evaluate_tasks
 from quantlab.evaluate.tasks import local_tasks, write_built_in, write_task
 from quantlab.models import resolve_model
+from quantlab.progress import NoProgress
 from quantlab.skeleton import load_model
 
 TASKS = Path(__file__).parents[3] / "shared/data/tasks"
@@ -107,20 +108,39 @@ def demo():
 
 
 @pytest.mark.filterwarnings("ignore")  # lm-eval's own
-def test_the_demo_model_knows_how_the_standard_library_goes_on(demo, tmp_path):
+def test_the_demo_model_knows_how_the_standard_library_goes_on(demo, tmp_path, capfd):
     options = TaskOptions(tasks=("stdlib_continuation",), limit=24)
-    result = evaluate_tasks(*demo, options, tmp_path / "samples.jsonl")
+    result = evaluate_tasks(*demo, options, NoProgress(), samples_file=tmp_path / "samples.jsonl")
     task = result["tasks"]["stdlib_continuation"]
     assert (task["samples"], task["local"], task["num_fewshot"]) == (24, True, 0)
     assert task["metrics"]["acc"]["value"] > 0.5  # chance is 0.25
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 24
+    assert capfd.readouterr() == ("", "")  # lm-eval's bars and remarks
+
+
+class Counting(NoProgress):
+    def __init__(self):
+        self.stages = []
+
+    def begin(self, stage, total, unit):
+        self.stages.append([stage, total, 0])
+
+    def advance(self, count=1, detail=""):
+        self.stages[-1][2] += count
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_answer_to_a_task_is_counted(demo):
+    progress = Counting()
+    evaluate_tasks(*demo, TaskOptions(tasks=("stdlib_continuation",), limit=3), progress, "tasks, float model")
+    assert progress.stages == [["tasks, float model", 12, 12]]  # four choices each
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(not TASKS.is_dir(), reason="the task files are not beside the checkout")
 def test_local_files_of_all_shapes_run_through_lm_eval(demo):
     names = ("arc_easy", "piqa", "winogrande", "lambada")
-    result = evaluate_tasks(*demo, TaskOptions(tasks=names, limit=4, tasks_dir=TASKS))["tasks"]
+    result = evaluate_tasks(*demo, TaskOptions(tasks=names, limit=4, tasks_dir=TASKS), NoProgress())["tasks"]
     assert set(result) == set(names)
     assert all(task["samples"] == 4 and task["local"] for task in result.values())
     assert result["lambada"]["metrics"].keys() == {"perplexity", "acc"}
@@ -131,4 +151,4 @@ def test_local_files_of_all_shapes_run_through_lm_eval(demo):
 @pytest.mark.filterwarnings("ignore")
 def test_an_unknown_task_is_guessed(demo):
     with pytest.raises(DataError, match="no task hellaswg; did you mean hellaswag"):
-        evaluate_tasks(*demo, TaskOptions(tasks=("hellaswg",)))
+        evaluate_tasks(*demo, TaskOptions(tasks=("hellaswg",)), NoProgress())

@@ -1,34 +1,110 @@
-"""How the loss fell, for methods that report it after every iteration."""
+"""How the loss fell, for methods that report it after each of their steps."""
 
 import re
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from quantlab.report.html.parts import Part, figure
-from quantlab.report.html.runs import Run
-from quantlab.report.html.svg import axes, color, inline, styled
+from quantlab.report.html.markup import Html
+from quantlab.report.html.parts import Part, figure, figures
+from quantlab.report.html.runs import Layer, Run
+from quantlab.report.html.svg import SERIES, axes, color, inline, label, styled
 
-_ITERATION = re.compile(r"loss_(\d+)")
+_STEP = re.compile(r"loss_(\d{1,6})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """The loss of layers that were solved together, after each step of the method.
+
+    Attributes:
+        losses: at least two, the first positive.
+        ratio: the layers' loss in the end as a multiple of round-to-nearest's; NaN if that is not known.
+    """
+
+    losses: tuple[float, ...]
+    ratio: float
 
 
 def convergence(run: Run, prefix: str) -> Part | None:
-    """One curve per layer whose diagnostics have "loss_0", "loss_1" and so on; None if there is none."""
-    curves = [curve for layer in run.layers if len(curve := _curve(layer.diagnostics)) > 1]
-    if not curves:
+    """One curve for all layers that were solved together, and the median; None if there is none."""
+    shares = [[loss / curve.losses[0] for loss in curve.losses] for curve in curves(run.layers)]
+    if not shares:
         return None
+    median = _median(shares)
+    ends = [share[-1] for share in shares]
     with styled():
         picture, plot = axes(height=2.8)
-        for curve in curves:
-            start = curve[0] or 1.0
-            plot.plot(range(len(curve)), [loss / start for loss in curve], color=color("accent"), lw=1.2, alpha=0.5)
-        plot.set(xlabel="iteration", ylabel="loss, share of the first")
+        for share in shares:
+            plot.plot(range(len(share)), share, color=color("soft"), linewidth=1.1)
+        plot.plot(range(len(median)), median, color=color("accent"), linewidth=2.2)
+        plot.set(xlabel="step of the method", ylabel="loss, share of the first", ylim=(0, None))
         plot.locator_params(axis="x", integer=True)
-        ends = [curve[-1] / (curve[0] or 1.0) for curve in curves]
-        description = f"{len(curves)} layers end at {min(ends):.3f} to {max(ends):.3f} of their first loss."
-        svg = inline(picture, f"{prefix}convergence", "Loss by iteration", description)
-    explanation = "One line per layer, as a share of its loss before the first iteration."
-    return Part(key="convergence", title="Convergence", content=figure("Loss by iteration", explanation, svg))
+        description = (
+            f"{len(shares)} curves end at {min(ends):.3f} to {max(ends):.3f} of their first loss, "
+            f"the median at {median[-1]:.3f}."
+        )
+        svg = inline(picture, f"{prefix}convergence", "Loss by step", description)
+    explanation = (
+        "What the method minimises after each of its steps, as a share of the value after the first: a line for every "
+        "group of layers that was solved together, and the median."
+    )
+    return Part(key="convergence", title="Convergence", content=figure("Loss by step", explanation, svg))
 
 
-def _curve(diagnostics: Mapping[str, float]) -> list[float]:
-    losses = {int(match[1]): value for name, value in diagnostics.items() if (match := _ITERATION.fullmatch(name))}
-    return [losses[iteration] for iteration in sorted(losses)]
+def convergence_of_methods(runs: Sequence[Run]) -> Part | None:
+    """The medians of several runs side by side, one plot per model and code width; None if fewer than two have any."""
+    groups: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for run in runs:
+        scaled = [
+            [curve.ratio * loss / curve.losses[-1] for loss in curve.losses]
+            for curve in curves(run.layers)
+            if curve.ratio > 0 and curve.losses[-1] > 0
+        ]
+        if scaled:
+            groups.setdefault((run.model, run.manifest["bits"]), {}).setdefault(run.variant, _median(scaled))
+    pictures = [
+        _of_methods(own, f"{bits} bits" + ("" if len({run.model for run in runs}) == 1 else f", {model}"), number)
+        for number, ((model, bits), own) in enumerate(groups.items())
+        if len(own) > 1
+    ]
+    return Part(key="convergence", title="Convergence", content=figures(pictures)) if pictures else None
+
+
+def curves(layers: Sequence[Layer]) -> list[Curve]:
+    """One for every group of layers with the same "loss_0", "loss_1" and so on among their diagnostics."""
+    groups: dict[tuple[float, ...], list[float]] = {}
+    for layer in layers:
+        losses = _losses(layer.diagnostics)
+        if len(losses) > 1 and losses[0] > 0:
+            groups.setdefault(losses, []).append(layer.ratio)
+    return [Curve(losses=losses, ratio=statistics.fmean(ratios)) for losses, ratios in groups.items()]
+
+
+def _of_methods(medians: Mapping[str, Sequence[float]], where: str, number: int) -> Html:
+    title = f"Loss by step, {where}"
+    with styled():
+        picture, plot = axes(height=3.0)
+        for index, (variant, median) in enumerate(medians.items()):
+            shade = color(f"series-{index % SERIES}")
+            plot.plot(range(len(median)), median, color=shade, linewidth=2, label=label(variant, 24))
+        plot.set(xlabel="step of the method", ylabel="loss / round-to-nearest", ylim=(0, None))
+        plot.locator_params(axis="x", integer=True)
+        picture.legend(loc="outside lower left", ncols=3, fontsize=8.5, handlelength=1.2, columnspacing=1.2)
+        listed = "; ".join(f"{variant} from {m[0]:.3f} to {m[-1]:.3f}" for variant, m in medians.items())
+        svg = inline(picture, f"convergence-{number}", title, f"{listed}.")
+    explanation = (
+        "The median over the layers, for methods that report their steps, scaled to end at the loss as a multiple of "
+        "round-to-nearest's. A step is whatever the method repeats, and takes a different time in each."
+    )
+    return figure(title, explanation, svg)
+
+
+def _losses(diagnostics: Mapping[str, float]) -> tuple[float, ...]:
+    losses = {int(match[1]): value for name, value in diagnostics.items() if (match := _STEP.fullmatch(name))}
+    return tuple(losses[step] for step in sorted(losses))
+
+
+def _median(losses: Sequence[Sequence[float]]) -> list[float]:
+    """Step by step, as far as every curve goes."""
+    return [statistics.median(of_step) for of_step in zip(*losses, strict=False)]

@@ -107,17 +107,21 @@ def _table(runs: Sequence[Run]) -> Html:
     with_tasks = any(run.record.mean_accuracy("quantized") is not None for run in runs)
     if with_tasks:
         columns.append(Column(title="Tasks", unit="mean accuracy"))
-    columns += [Column(title=title) for title in ("Loss/RTN", "Quantization", "Peak memory", "Fallbacks")]
+    with_speed = not all(math.isnan(run.record.tokens_per_s("quantized")) for run in runs)
+    columns += [Column(title=title) for title in ("Loss/RTN", "Quantization", "Peak memory")]
+    if with_speed:
+        columns.append(Column(title="Tokens/s"))
+    columns.append(Column(title="Fallbacks"))
     models = list(dict.fromkeys(run.model for run in runs))
     rows = []
     for model in models:
         own = [run for run in runs if run.model == model]
-        rows.append(_float_row(own, measured, with_tasks))
-        rows += [_row(run, own, measured, with_tasks, model if len(models) > 1 else None) for run in own]
+        rows.append(_float_row(own, measured, with_tasks, with_speed))
+        rows += [_row(run, own, measured, with_tasks, with_speed, model if len(models) > 1 else None) for run in own]
     return table("All runs beside the float model. Select a heading to sort.", columns, rows)
 
 
-def _float_row(runs: Sequence[Run], measured: Sequence[str], with_tasks: bool) -> list[Cell]:
+def _float_row(runs: Sequence[Run], measured: Sequence[str], with_tasks: bool, with_speed: bool) -> list[Cell]:
     bits, size = runs[0].record.source_bits_per_weight, runs[0].manifest["source_bytes"]
     cells = [
         Cell(content="float", note=runs[0].model),
@@ -130,10 +134,16 @@ def _float_row(runs: Sequence[Run], measured: Sequence[str], with_tasks: bool) -
     if with_tasks:
         known = [accuracy for run in runs if (accuracy := run.record.mean_accuracy("float")) is not None]
         cells.append(Cell(content=f"{known[0]:.2%}", value=known[0]) if known else NOTHING)
-    return cells + [NOTHING] * 4
+    cells += [NOTHING] * 3
+    if with_speed:
+        speeds = [run.record.tokens_per_s("float") for run in runs]
+        cells.append(_speed(next((speed for speed in speeds if not math.isnan(speed)), math.nan)))
+    return [*cells, NOTHING]
 
 
-def _row(run: Run, runs: Sequence[Run], measured: Sequence[str], with_tasks: bool, model: str | None) -> list[Cell]:
+def _row(
+    run: Run, runs: Sequence[Run], measured: Sequence[str], with_tasks: bool, with_speed: bool, model: str | None
+) -> list[Cell]:
     manifest = run.manifest
     bits, size = manifest["bits_per_weight"], manifest["checkpoint_bytes"]
     excess = excess_bits(run, rivals(run, runs))
@@ -153,8 +163,13 @@ def _row(run: Run, runs: Sequence[Run], measured: Sequence[str], with_tasks: boo
         NOTHING if math.isnan(ratio) else Cell(content=f"{ratio:.3f}", value=ratio),
         Cell(content=format_duration(seconds), value=seconds),
         Cell(content=format_bytes(peak), value=peak),
+        *([_speed(run.record.tokens_per_s("quantized"))] if with_speed else []),
         Cell(content=str(fallbacks), value=fallbacks),
     ]
+
+
+def _speed(tokens_per_s: float) -> Cell:
+    return NOTHING if math.isnan(tokens_per_s) else Cell(content=f"{tokens_per_s:.3g}", value=tokens_per_s)
 
 
 def _perplexity(run: Run, text: str) -> Cell:

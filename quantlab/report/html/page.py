@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quantlab._version import __version__
 from quantlab.report.html.codebooks import codebooks
-from quantlab.report.html.convergence import convergence
+from quantlab.report.html.convergence import convergence, convergence_of_methods
 from quantlab.report.html.experts import experts
 from quantlab.report.html.layers import layers
 from quantlab.report.html.markup import Html, join, tag
@@ -17,6 +17,7 @@ from quantlab.report.html.provenance import fallbacks, provenance
 from quantlab.report.html.published import published
 from quantlab.report.html.resources import resources
 from quantlab.report.html.runs import Failure, Run, find_runs
+from quantlab.report.html.scores import ranked, texts
 from quantlab.report.html.tradeoff import tradeoff
 from quantlab.report.units import format_bytes, format_count
 
@@ -48,7 +49,10 @@ def render_page(runs: Sequence[Run], failures: Sequence[Failure] = ()) -> str:
         failures: cells of a comparison without a result.
     """
     title, script = _title(runs), _package_file("page.js")
-    parts = [part for part in (overview(runs, failures), tradeoff(runs), published(runs)) if part is not None]
+    found = [overview(runs, failures), tradeoff(runs), published(runs)]
+    if len(runs) > 1:
+        found.append(convergence_of_methods(runs))
+    parts = [part for part in found if part is not None]
     if len(runs) == 1:
         parts += _parts_of(runs[0], "")
     else:
@@ -114,11 +118,14 @@ def _parts_of(run: Run, prefix: str) -> list[Part]:
 
 
 def _folded(runs: Sequence[Run]) -> list[Html]:
+    """Every run on its own, closed but for the best one."""
+    best = next((run for text in texts(runs)[:1] for run in ranked(runs, text)), runs[0])
     return [
         tag(
             "details",
             tag("summary", run.label, tag("small", run.folder.name)),
             *(part.render(level=3, prefix=f"run-{index}-") for part in _parts_of(run, f"run-{index}-")),
+            open=run is best,
         )
         for index, run in enumerate(runs)
     ]

@@ -1,6 +1,5 @@
 """Our figures beside those of the papers, for recipes and models that a paper has figures for."""
 
-import json
 import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +9,6 @@ from typing import Any
 
 import yaml
 
-from quantlab.errors import UsageError
-from quantlab.evaluate.profile import PROFILE_FILE
 from quantlab.models import ALIASES
 from quantlab.recipe import builtin_recipes
 from quantlab.report.html.markup import join, tag
@@ -19,6 +16,7 @@ from quantlab.report.html.parts import Part
 from quantlab.report.html.runs import Run
 from quantlab.report.html.scores import value
 from quantlab.report.html.tables import NOTHING, Cell, Column, table
+from quantlab.report.record import damaged_profile
 
 FIGURES = Path("paper") / "published.yaml"
 """Relative to the folder of the built-in recipes."""
@@ -174,18 +172,17 @@ def _accuracy(run: Run, figure: PublishedFigure) -> Measured | None:
 
 
 def _generation(run: Run, figure: PublishedFigure) -> Measured | None:
-    path = run.folder / PROFILE_FILE
+    profile = run.record.profile
+    if profile is None:
+        return None
     try:
-        profile = json.loads(path.read_text(encoding="utf-8"))
         if not profile["device"].startswith("cuda") or profile["new_tokens"] != GENERATED_TOKENS:
             return None
         figures = {name: _of_generation(model, figure.name) for name, model in profile["models"].items()}
         reference = figures.get(run.model, math.nan)  # of another model, if the user compared with one
         return Measured(quantized=[*figures.values()][-1], reference=reference, note=str(profile["device_name"]))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UsageError(f"cannot read {path}: {error}; `quantlab profile {run.folder}` writes it anew") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise damaged_profile(run.folder, error) from error
 
 
 def _of_generation(model: dict[str, Any], name: str) -> float:

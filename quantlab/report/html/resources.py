@@ -1,5 +1,6 @@
 """Where the memory and the time went."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.axes import Axes
@@ -8,11 +9,11 @@ from matplotlib.ticker import MultipleLocator
 from quantlab.report.html.markup import Html
 from quantlab.report.html.parts import Part, figure, figures
 from quantlab.report.html.runs import Run
-from quantlab.report.html.svg import axes, color, inline, label, styled
+from quantlab.report.html.svg import WIDTH, axes, color, inline, label, styled
 from quantlab.report.units import format_bytes, format_duration
 
 BYTE_STEPS = [factor * 10.0**power for power in range(3, 15) for factor in (1, 2, 5)]
-SECOND_STEPS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1200, 3600, 7200, 18000, 36000, 86400]
+SECOND_STEPS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600, 7200, 18000, 36000, 86400]
 MOST_TICKS = 4
 
 Amount = tuple[str, float]
@@ -24,6 +25,8 @@ def resources(run: Run, prefix: str) -> Part:
     pictures = [_time(run, f"{prefix}time")]
     if "memory" in run.manifest:
         pictures.insert(0, _memory(run, f"{prefix}memory"))
+        if run.manifest["memory"].get("timeline", {}).get("bytes"):
+            pictures.insert(0, _timeline(run, f"{prefix}timeline"))
     return Part(key="resources", title="Memory and time", content=figures(pictures))
 
 
@@ -38,6 +41,60 @@ def _memory(run: Run, name: str) -> Html:
     facts.append(f"whole run {format_bytes(run.manifest['peak_rss_bytes'])}")
     svg = _waterfall(name, "Memory at the expected peak", parts, marks, format_bytes, BYTE_STEPS)
     return figure("Memory at the expected peak", _sentence(facts), svg)
+
+
+def _timeline(run: Run, name: str) -> Html:
+    """Memory over time, the stages side by side, with the budget as a line."""
+    memory = run.manifest["memory"]
+    timeline, budget = memory["timeline"], memory["budget_bytes"]
+    interval_s, sizes = timeline["interval_s"], timeline["bytes"]
+    end_s = interval_s * len(sizes)
+    edges = [interval_s * index for index in range(len(sizes) + 1)]
+    begins = {stage: min(start_s, end_s) for stage, start_s in timeline["stages"].items()}
+    top = 1.12 * max([*sizes, budget or 0])
+    with styled():
+        picture, plot = axes(height=2.7, width=1.6 * WIDTH)
+        plot.stairs(sizes, edges, fill=True, color=color("soft"))
+        plot.stairs(sizes, edges, baseline=None, color=color("accent"), linewidth=1.6)
+        for (stage, start_s), stop_s in zip(begins.items(), [*begins.values(), end_s][1:], strict=True):
+            plot.axvline(start_s, color=color("muted"), linewidth=0.8, linestyle=(0, (1, 2)))
+            if stop_s - start_s > 0.08 * end_s:
+                centre = (start_s + stop_s) / 2
+                plot.text(centre, 0.97 * top, _words(stage, 16), ha="center", va="top", size=8.5, color=color("muted"))
+        if budget is not None:
+            plot.axhline(budget, color=color("alert"), linewidth=1.4, linestyle=(0, (4, 2)))
+            plot.annotate(
+                f"budget {format_bytes(budget)}", (end_s, budget), xytext=(0, 3), textcoords="offset points",
+                ha="right", va="bottom", fontsize=8.5, color=color("alert"),
+            )  # fmt: skip
+        plot.set(xlim=(0, end_s), ylim=(0, top))
+        plot.xaxis.set_major_locator(MultipleLocator(_step(end_s, SECOND_STEPS)))
+        plot.xaxis.set_major_formatter(lambda seconds, _: _tick(format_duration(seconds)) if seconds else "0")
+        plot.yaxis.set_major_locator(MultipleLocator(_step(top, BYTE_STEPS)))
+        plot.yaxis.set_major_formatter(lambda size, _: format_bytes(size) if size else "0")
+        peaks = [
+            f"{_words(stage, 28)} up to {format_bytes(max(_between(sizes, interval_s, start_s, stop_s)))}"
+            for (stage, start_s), stop_s in zip(begins.items(), [*begins.values(), end_s][1:], strict=True)
+        ]
+        limit = "no budget" if budget is None else f"budget {format_bytes(budget)}"
+        svg = inline(picture, name, "Memory over time", f"{'; '.join([*peaks, limit])}.")
+    explanation = "Resident memory of the process."
+    if budget is None:
+        explanation += " No budget was set (engine.memory_budget)."
+    return figure("Memory over time", explanation, svg, class_="wide")
+
+
+def _between(sizes: Sequence[float], interval_s: float, start_s: float, stop_s: float) -> Sequence[float]:
+    first = min(int(start_s / interval_s), len(sizes) - 1)
+    return sizes[first : max(first + 1, math.ceil(stop_s / interval_s))]
+
+
+def _words(stage: str, length: int) -> str:
+    return label(stage.replace("_", " "), length)
+
+
+def _tick(duration: str) -> str:
+    return duration.replace(" 00 s", "").replace(".0 s", " s")
 
 
 def _time(run: Run, name: str) -> Html:
@@ -81,7 +138,7 @@ def _waterfall(
         plot.set(ylim=(len(parts) - 0.4, -0.6), xlim=(0, 1.04 * end))
         plot.tick_params(axis="y", length=0)
         plot.xaxis.set_major_locator(MultipleLocator(_step(end, steps)))
-        plot.xaxis.set_major_formatter(lambda amount, _: show(amount).replace(" 00 s", "") if amount else "0")
+        plot.xaxis.set_major_formatter(lambda amount, _: _tick(show(amount)) if amount else "0")
         plot.grid(False, axis="y")
         plot.spines["left"].set_visible(False)
         if marks:

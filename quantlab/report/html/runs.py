@@ -158,6 +158,7 @@ def _require_numbers(record: RunRecord) -> None:
         budget = {} if memory["budget_bytes"] is None else {"budget_bytes": memory["budget_bytes"]}
         for name, size in {**sizes, **budget, **memory["parts"]}.items():
             _number(size, f"memory.{name}")
+        _require_timeline(memory.get("timeline", {}))
     _ = manifest["stages_s"]["quantize"], provenance(record)
     for name, mapping in (("method.options", manifest["method"]["options"]), ("versions", manifest["versions"])):
         if not isinstance(mapping, dict):
@@ -167,10 +168,22 @@ def _require_numbers(record: RunRecord) -> None:
     if not isinstance(manifest["method"]["name"], str) or not isinstance(manifest["command"], str):
         raise TypeError("method.name and command must be texts")
     for model in ("float", "quantized"):
+        _ = record.tokens_per_s(model)
         _number(record.mean_accuracy(model) or 0.0, "tasks: accuracy")
     for text, values in record.perplexity.items():
         for name in ("float", "quantized", "windows", "sequence_length"):
             _number(values[name], f"perplexity.{text}.{name}")
+
+
+def _require_timeline(timeline: Mapping[str, Any]) -> None:
+    if not timeline:
+        return
+    if _number(timeline["interval_s"], "memory.timeline.interval_s") <= 0:
+        raise ValueError(f"memory.timeline.interval_s is {timeline['interval_s']}")
+    for size in timeline["bytes"]:
+        _number(size, "memory.timeline.bytes")
+    for stage, start_s in timeline["stages"].items():
+        _number(start_s, f"memory.timeline.stages.{stage}")
 
 
 def _layers(entries: Sequence[Mapping[str, Any]]) -> Iterator[Layer]:
