@@ -9,7 +9,10 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +24,10 @@ from transformers import PreTrainedModel
 
 from quantlab.checkpoint.atomic import replacing
 from quantlab.checkpoint.names import MANIFEST_NAME
+from quantlab.engine.journal import FolderBusyError
 from quantlab.errors import QuantlabError, ResumableError, UsageError
 from quantlab.evaluate.perplexity import in_memory
+from quantlab.executors import Executor, Link, LocalExecutor
 from quantlab.memory import reset_peak_rss
 from quantlab.models import resolve_model
 from quantlab.pipeline import execute
@@ -46,6 +51,9 @@ FAILURE_SUFFIX = ".failed.json"
 REFERENCE = "reference"
 REFERENCE_BYTES = 1 << 30
 """Logits of the float model are kept up to this size, so that it runs once and not once per cell."""
+
+HANDOVER_S = 180.0
+"""A process whose cluster is dead ends within a minute; until then it holds the run folder that is to be continued."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +90,11 @@ class Cell:
     seed: int
     folder: Path
     assignment: MethodAssignment
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.variant}, {self.bits} bits, seed {self.seed}"
 
     @property
     def finished(self) -> bool:
@@ -210,7 +223,7 @@ def plan_cells(
 
 def _require_same_recipe(cell: Cell) -> None:
     resolved = cell.folder / "recipe.resolved.yaml"
-    if cell.finished and resolved.read_text(encoding="utf-8") != dump_recipe(cell.assignment.loaded.recipe):
+    if cell.finished and load_recipe(resolved).recipe != cell.assignment.loaded.recipe:
         raise UsageError(
             f"{cell.folder} holds a finished run with another recipe (compare {resolved.name} there with "
             f"{cell.assignment.loaded.path}); choose another --output-dir, or remove that folder"
@@ -218,43 +231,100 @@ def _require_same_recipe(cell: Cell) -> None:
 
 
 def run_cells(
-    cells: Sequence[Cell], progress: Progress, stop: Callable[[], bool], announce: Callable[[Cell, int], None]
+    cells: Sequence[Cell],
+    progress: Progress,
+    stop: Callable[[], bool],
+    announce: Callable[[Cell, int], None],
+    executor: Executor | None = None,
 ) -> None:
     """Run every cell that is not finished.
 
     Args:
         cells: of one comparison.
-        progress: is told about every stage.
+        progress: is told about every stage; of an executor that runs cells side by side, about every cell.
         stop: a true answer ends the comparison at the next place from which it can go on.
-        announce: is told about every cell that is about to run, and its position.
+        announce: is told about every cell that is about to run, and its position, if they run one after the other.
+        executor: where the cells run; None for this process.
 
     Raises:
         ResumableError: the comparison was stopped.
         ModelError: the model cannot be found.
+        UsageError: a machine cannot take part.
     """
-    pending = [cell for cell in cells if not cell.finished]
+    pending = [(cell, position) for position, cell in enumerate(cells) if not cell.finished]
     if not pending:
         return
-    recipe = pending[0].assignment.loaded.recipe
-    model_folder = resolve_model(recipe.model.path)
-    work = pending[0].folder.parent / REFERENCE
-    reference = _Reference(model_folder, recipe, work)
-    for position, cell in enumerate(cells):
-        if cell.finished:
-            continue
-        announce(cell, position)
-        cell.failure_file.unlink(missing_ok=True)
-        command = shlex.join(["quantlab", "run", str(cell.assignment.loaded.path)])
-        reference.forget_model()
-        reset_peak_rss()
-        try:
-            execute(cell.assignment, model_folder, cell.folder, progress, command, stop, reference)
-        except ResumableError:
-            raise
-        except QuantlabError as error:
-            with replacing(cell.failure_file) as temporary:
-                temporary.write_text(json.dumps({"reason": str(error)}) + "\n", encoding="utf-8")
+    executor = executor or LocalExecutor()
+    recipe = pending[0][0].assignment.loaded.recipe
+    model_folder = resolve_model(recipe.model.path).absolute()
+    work = pending[0][0].folder.parent / REFERENCE
+    work.mkdir(exist_ok=True)
+    executor.require_shared(model_folder, work)
+    link = executor.link(progress, stop)
+
+    def units() -> Iterator[tuple[Any, ...]]:
+        for cell, position in pending:
+            if not executor.remote:
+                announce(cell, position)
+            yield cell, model_folder, executor.task.gpus, link, HANDOVER_S if executor.remote else 0.0
+
+    threads = 1 if recipe.engine.deterministic else None
+    resources = replace(executor.task, cpus=executor.task.cpus or threads)
+
+    def arrived(index: int) -> None:
+        cell = pending[index][0]
+        if executor.remote:  # otherwise the stages of the cell itself were shown
+            progress.advance(detail=f"{cell.name}: {cell.failure or ('done' if cell.finished else 'not finished')}")
+
+    if executor.remote:
+        progress.begin("comparing", len(pending), "runs")
+    stopped: ResumableError | None = None
+    for outcome in executor.map(run_cell, units(), resources=resources, arrived=arrived):
+        stopped = stopped or outcome
+        if stopped is not None and not executor.remote:
+            break
+    if stopped is not None:
+        raise stopped
     shutil.rmtree(work)
+
+
+def run_cell(cell: Cell, model_folder: Path, gpus: float, link: Link, patience_s: float) -> ResumableError | None:
+    """Run one cell, or continue it; this is a unit of an executor.
+
+    Args:
+        cell: with a folder that all machines share.
+        model_folder: of the float model.
+        gpus: CUDA devices to compute on, if more than 0.
+        link: to the comparison.
+        patience_s: how long to wait for a process of a lost machine or cluster that is not out of the folder yet.
+
+    Returns:
+        Why the cell ended early, if it did. If it cannot succeed, its failure file says why.
+    """
+    if link.stop():
+        return ResumableError(f"stopped before {cell.name}")
+    cell.failure_file.unlink(missing_ok=True)
+    command = shlex.join(["quantlab", "run", str(cell.assignment.loaded.path)])
+    reset_peak_rss()
+    try:
+        with link.reporting(cell.name) as progress:
+            reference = _Reference(model_folder, cell.assignment.loaded.recipe, cell.folder.parent / REFERENCE)
+            arguments = (progress, command, link.stop, reference, LocalExecutor(gpus))
+            deadline = time.monotonic() + patience_s
+            while True:
+                try:
+                    execute(cell.assignment, model_folder, cell.folder, *arguments)
+                    return None
+                except FolderBusyError:
+                    if time.monotonic() >= deadline:
+                        raise
+                    time.sleep(1)
+    except ResumableError as error:
+        return error
+    except QuantlabError as error:
+        with replacing(cell.failure_file) as temporary:
+            temporary.write_text(json.dumps({"reason": str(error)}) + "\n", encoding="utf-8")
+    return None
 
 
 class _Reference:
@@ -267,23 +337,25 @@ class _Reference:
         self._model_folder = model_folder
         self._dtype = compute_dtype(recipe, read_config(model_folder))
         self._folder = folder
-        self._bytes = 0
-        folder.mkdir(exist_ok=True)
 
     def __call__(self, index: int, ids: Tensor) -> Tensor:
         path = self._folder / f"{hashlib.sha256(ids.numpy().tobytes()).hexdigest()}.safetensors"
         if path.is_file():
             return load_file(path)["logits"]
         logits = in_memory(self._model)(index, ids)
-        self._bytes += logits.nbytes
-        if self._bytes <= REFERENCE_BYTES:
-            with replacing(path) as temporary:
+        if logits.nbytes + self._size() <= REFERENCE_BYTES:
+            own = path.with_suffix(f".{uuid.uuid4().hex}")  # another cell may be about to write the same
+            with replacing(own) as temporary:
                 save_file({"logits": logits.contiguous()}, temporary)
+            own.replace(path)
         return logits
 
-    def forget_model(self) -> None:
-        """Give the memory of the float model back until it is asked again."""
-        self.__dict__.pop("_model", None)
+    def _size(self) -> int:
+        size = 0
+        for file in self._folder.iterdir():
+            with suppress(FileNotFoundError):  # renamed by another cell
+                size += file.stat().st_size
+        return size
 
     @cached_property
     def _model(self) -> PreTrainedModel:

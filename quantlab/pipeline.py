@@ -45,6 +45,7 @@ from quantlab.evaluate.perplexity import Forward, in_memory, measure_any
 from quantlab.evaluate.protocols import EvaluationWindows, WindowOptions, evaluation_windows, find_protocol
 from quantlab.evaluate.streamed import measure_streamed, streamed_forward
 from quantlab.evaluate.subject import Subject
+from quantlab.executors import Executor
 from quantlab.memory import peak_rss_bytes
 from quantlab.models import model_label, resolve_model
 from quantlab.plan import Plan, compute_dtype, engine_options, plan_run, statistics_options
@@ -106,6 +107,7 @@ def execute(
     command: str,
     stop: Callable[[], bool] = lambda: False,
     reference: Forward | None = None,
+    executor: Executor | None = None,
 ) -> Path:
     """Carry out a recipe, or continue what a former process began.
 
@@ -117,6 +119,7 @@ def execute(
         command: the command line that reproduces the run, for the record.
         stop: asked after every block and evaluated window; a true answer ends the run there.
         reference: the logits of the float model, if they are at hand; None loads it to evaluate.
+        executor: where layers are solved; None for this process.
 
     Returns:
         The run folder.

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import click
 
-from quantlab.cli.options import Session, common_options, examples, json_option, open_console
+from quantlab.cli.options import (
+    Session,
+    common_options,
+    examples,
+    executor_options,
+    json_option,
+    open_console,
+    opened_executor,
+)
 from quantlab.errors import QualityError
 
 if typing.TYPE_CHECKING:
@@ -49,6 +57,7 @@ if typing.TYPE_CHECKING:
 )
 @click.option("--output-dir", type=click.Path(path_type=Path), help="[default: runs/compare-MODEL]")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write the values to this file, too.")
+@executor_options
 @json_option
 @common_options
 @click.pass_obj
@@ -108,10 +117,14 @@ def compare(
 
     def announce(cell: "Cell", position: int) -> None:
         if not quiet:
-            click.echo(f"[{position + 1}/{len(cells)}] {cell.variant}, {cell.bits} bits, seed {cell.seed}", err=True)
+            click.echo(f"[{position + 1}/{len(cells)}] {cell.name}", err=True)
 
-    with choose_progress(quiet=quiet) as progress, StopSignals() as stop:
-        run_cells(cells, progress, stop, announce)
+    with (
+        opened_executor() as executor,
+        choose_progress(quiet=quiet) as progress,
+        StopSignals() as stop,
+    ):
+        run_cells(cells, progress, stop, announce, executor)
     rows = _rows(cells)
     (folder / "compare.json").write_text(json.dumps(json_rows(rows), indent=2) + "\n", encoding="utf-8")
     (folder / "compare.md").write_text(markdown_table(rows), encoding="utf-8")
