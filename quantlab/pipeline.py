@@ -46,6 +46,7 @@ from quantlab.evaluate.perplexity import in_memory, measure_any
 from quantlab.evaluate.protocols import EvaluationWindows, WindowOptions, evaluation_windows, find_protocol
 from quantlab.evaluate.streamed import measure_streamed, streamed_forward
 from quantlab.evaluate.subject import Subject
+from quantlab.executors import Executor
 from quantlab.memory import MemoryTimeline, peak_rss_bytes
 from quantlab.models import model_label, resolve_model
 from quantlab.plan import Plan, compute_dtype, engine_options, plan_run, statistics_options
@@ -123,6 +124,7 @@ def execute(
     command: str,
     stop: Callable[[], bool] = lambda: False,
     reference: FloatReference | None = None,
+    executor: Executor | None = None,
 ) -> Path:
     """Carry out a recipe, or continue what a former process began.
 
@@ -134,6 +136,7 @@ def execute(
         command: the command line that reproduces the run, for the record.
         stop: asked after every block and evaluated window; a true answer ends the run there.
         reference: the answers of the float model, if they are shared with other runs; None loads it to evaluate.
+        executor: where layers are solved; None for this process.
 
     Returns:
         The run folder.

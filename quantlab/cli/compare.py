@@ -7,7 +7,16 @@ from pathlib import Path
 
 import click
 
-from quantlab.cli.options import Session, common_options, examples, json_option, open_console, tasks_option
+from quantlab.cli.options import (
+    Session,
+    common_options,
+    examples,
+    executor_options,
+    json_option,
+    open_console,
+    opened_executor,
+    tasks_option,
+)
 from quantlab.errors import QualityError
 
 if typing.TYPE_CHECKING:
@@ -53,6 +62,7 @@ if typing.TYPE_CHECKING:
 )
 @click.option("--output-dir", type=click.Path(path_type=Path), help="[default: runs/compare-MODEL]")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write the values to this file, too.")
+@executor_options
 @json_option
 @common_options
 @click.pass_obj
@@ -118,11 +128,15 @@ def compare(
 
     def announce(cell: "Cell", position: int) -> None:
         if not quiet:
-            click.echo(f"[{position + 1}/{len(cells)}] {cell.variant}, {cell.bits} bits, seed {cell.seed}", err=True)
+            click.echo(f"[{position + 1}/{len(cells)}] {cell.name}", err=True)
 
     budget_bytes = engine_options(cells[0].assignment.loaded.recipe).memory_budget_bytes
-    with choose_progress(quiet=quiet, budget_bytes=budget_bytes) as progress, StopSignals() as stop:
-        run_cells(cells, progress, stop, announce)
+    with (
+        opened_executor() as executor,
+        choose_progress(quiet=quiet, budget_bytes=budget_bytes) as progress,
+        StopSignals() as stop,
+    ):
+        run_cells(cells, progress, stop, announce, executor)
         if profile:
             profile_cells(cells, progress)
     rows = _rows(cells)

@@ -2,7 +2,8 @@
 
 import os
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -10,6 +11,8 @@ import click
 
 if typing.TYPE_CHECKING:
     from rich.console import Console
+
+    from quantlab.executors import Executor
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -29,6 +32,9 @@ class Session:
     verbose: bool = False
     quiet: bool = False
     color: bool | None = field(default_factory=lambda: False if os.environ.get("NO_COLOR") else None)
+
+
+_EXECUTOR = "quantlab.executor"
 
 
 def _with_dashes(token: str) -> str:
@@ -96,6 +102,71 @@ tasks_option = click.option(
     callback=_split_names,
     help="lm-eval task, group, or local task; commas or repeated.",
 )
+
+
+def executor_options(command: Command) -> Command:
+    """Adds where the work is done, `--executor` and what belongs to it; `opened_executor` reads it."""
+    for decorate in (
+        _executor_option("--spill-dir", metavar="DIR", help="Where that Ray puts what does not fit there."),
+        _executor_option(
+            "--object-store", metavar="SIZE", help="Memory in which a Ray started here shares data, such as 4GiB."
+        ),
+        _executor_option(
+            "--gpus-per-task",
+            type=click.FloatRange(min=0),
+            default=0,
+            show_default=True,
+            help="CUDA devices that a unit of work occupies and solves layers on.",
+        ),
+        _executor_option(
+            "--cpus-per-task",
+            type=click.IntRange(min=1),
+            help="Cores that a unit of work occupies.  [default: its threads]",
+        ),
+        _executor_option("--address", metavar="HOST:PORT", help="Of a running Ray cluster.  [default: start Ray here]"),
+        _executor_option(
+            "--executor",
+            type=click.Choice(["local", "ray"]),
+            default="local",
+            show_default=True,
+            help="Where the work is done; the results are the same.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
+@contextmanager
+def opened_executor() -> "Iterator[Executor]":
+    """The executor that the current command was asked to use."""
+    from quantlab.executors import ExecutorOptions, open_executor
+    from quantlab.recipe.size import parse_size, size_error
+
+    chosen = click.get_current_context().meta[_EXECUTOR]
+    size = chosen["object_store"]
+    if size is not None and (problem := size_error(size)):
+        raise click.BadParameter(problem, param_hint="--object-store")
+    options = ExecutorOptions(
+        name=chosen["executor"],
+        address=chosen["address"],
+        cpus_per_task=chosen["cpus_per_task"],
+        gpus_per_task=chosen["gpus_per_task"],
+        object_store_bytes=None if size is None else parse_size(size),
+        spill_dir=chosen["spill_dir"],
+    )
+    with open_executor(options) as opened:
+        yield opened
+
+
+def _executor_option(name: str, **attributes: Any) -> Callable[[Command], Command]:
+    """An option that is remembered in the context instead of being passed to the command."""
+
+    def remember(context: click.Context, parameter: click.Parameter, value: object) -> None:
+        context.meta.setdefault(_EXECUTOR, {})[parameter.name] = value
+
+    return click.option(name, expose_value=False, callback=remember, **attributes)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 

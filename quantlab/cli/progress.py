@@ -80,12 +80,14 @@ class PlainProgress:
         """Count; write a line if the last one is some seconds old, or the stage is complete."""
         self._done += count
         now = self.clock()
-        if self._done < self._total and now - self._last_line < LINE_INTERVAL_S:
+        if (count == 0 or self._done < self._total) and now - self._last_line < LINE_INTERVAL_S:
             return
         self._last_line = now
         elapsed_s = now - self._began
-        if self._done < self._total:
-            remaining_s = elapsed_s / self._done * (self._total - self._done) if self._done else 0.0
+        if self._done == 0:
+            timing = format_duration(elapsed_s)
+        elif self._done < self._total:
+            remaining_s = elapsed_s / self._done * (self._total - self._done)
             timing = f"{format_duration(elapsed_s)}, about {format_duration(remaining_s)} left"
         else:
             timing = f"done in {format_duration(elapsed_s)}"

@@ -20,6 +20,10 @@ from quantlab.errors import ResumableError, UsageError
 JOURNAL_NAME = "journal.jsonl"
 
 
+class FolderBusyError(UsageError):
+    """Another process has a run folder to itself."""
+
+
 class Journal:
     """An open journal; use `Journal.opened`.
 
@@ -48,7 +52,7 @@ class Journal:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UsageError(
+                raise FolderBusyError(
                     f"another process is working in {folder}; wait for it, or choose another --output-dir"
                 ) from error
             if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
