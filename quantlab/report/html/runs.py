@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.checkpoint.names import MANIFEST_NAME
-from quantlab.compare import CELLS, FAILURE_SUFFIX
+from quantlab.compare import CELLS, COMMANDS, FAILURE_SUFFIX
 from quantlab.errors import UsageError
 from quantlab.report.markdown import provenance
 from quantlab.report.record import RunRecord, read_record
@@ -118,6 +118,23 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Failure]]:
     if not runs:
         raise UsageError(f"no run is finished in {', '.join(map(str, folders))}; `quantlab compare` continues them")
     return _with_distinct_labels(runs), failures
+
+
+def find_commands(folders: Sequence[Path]) -> list[str]:
+    """The command lines that made the comparisons among some folders.
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
+    commands: list[str] = []
+    for path in (folder / COMMANDS for folder in dict.fromkeys(folders)):
+        try:
+            commands += path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read {path}: {error}") from error
+    return list(dict.fromkeys(commands))
 
 
 def _read_run(folder: Path) -> Run:
