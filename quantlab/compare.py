@@ -50,6 +50,9 @@ from quantlab.skeleton import load_model, read_config
 
 CELLS = "cells"
 FAILURE_SUFFIX = ".failed.json"
+COMMANDS = "commands.txt"
+"""The command lines that made the comparison, one a line; methods may have been added to it."""
+
 REFERENCE = "reference"
 REFERENCE_BYTES = 1 << 30
 """Logits of the float model are kept up to this size, so that it runs once and not once per cell."""
@@ -239,6 +242,15 @@ def _require_same_recipe(cell: Cell) -> None:
             f"{cell.folder} holds a finished run with another recipe (compare {resolved.name} there with "
             f"{cell.assignment.loaded.path}); choose another --output-dir, or remove that folder"
         )
+
+
+def note_command(folder: Path, command: str) -> None:
+    """Add a command line to those that made a comparison, unless it is there already."""
+    path = folder / COMMANDS
+    known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if command not in known:
+        with replacing(path) as temporary:
+            temporary.write_text("\n".join([*known, command]) + "\n", encoding="utf-8")
 
 
 def run_cells(

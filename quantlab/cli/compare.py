@@ -1,6 +1,7 @@
 """`quantlab compare`: several methods on one model under the same conditions, and the table."""
 
 import json
+import shlex
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,7 +97,7 @@ def compare(
     from quantlab import registry
     from quantlab.cli.progress import choose_progress
     from quantlab.cli.stopping import StopSignals
-    from quantlab.compare import common_recipe, parse_variants, plan_cells, profile_cells, run_cells
+    from quantlab.compare import common_recipe, note_command, parse_variants, plan_cells, profile_cells, run_cells
     from quantlab.models import model_label
     from quantlab.plan import engine_options
     from quantlab.report.comparison import csv_table, json_rows, markdown_table
@@ -125,6 +126,8 @@ def compare(
         [setting for setting in settings if setting.partition(".")[0] not in methods_known],
         folder,
     )
+
+    note_command(folder, shlex.join(["quantlab", *session.arguments]))
 
     def announce(cell: "Cell", position: int) -> None:
         if not quiet:

@@ -102,10 +102,12 @@ def test_gradients_of_the_float_model_are_collected_once_and_count_for_every_run
     assert json.loads((tmp_path / "alone" / "manifest.json").read_text())["files"] == shared["files"]
 
 
-def test_finished_cells_are_never_computed_again_and_more_can_be_added(compare, executed):
+def test_finished_cells_are_never_computed_again_and_more_can_be_added(compare, executed, tmp_path):
     assert compare("rtn", "-q") == 0
     assert compare("rtn", "ganq", "--bits", "4,2", *GANQ, "-q") == 0
     assert executed == ["rtn-w4-s0", "ganq-w4-s0", "rtn-w2-s0", "ganq-w2-s0"]
+    commands = (tmp_path / "out" / "commands.txt").read_text().splitlines()
+    assert [command.split()[2:4] for command in commands] == [["rtn", "-q"], ["rtn", "ganq"]]
 
 
 def test_a_stopped_comparison_goes_on_where_it_was(compare, executed, monkeypatch):

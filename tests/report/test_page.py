@@ -87,6 +87,15 @@ def test_page_says_what_the_records_say(run_folder):
     assert "ab" * 32 in text
 
 
+def test_page_has_the_recipe_and_the_commands_that_made_it(comparison):
+    (comparison / "commands.txt").write_text("quantlab compare ganq gptq\nquantlab compare rtn --set 'a=<b>'\n")
+    (comparison / "cells" / "rtn-w4-s0" / "recipe.resolved.yaml").write_text("version: 1  # <i>\n")
+    page = write_report([comparison], comparison / "page.html").read_text()
+    text = "".join(Outline(page).text)
+    assert "quantlab compare ganq gptq\nquantlab compare rtn --set 'a=<b>'" in text
+    assert text.count("version: 1  # <i>") == text.count("The recipe in full") == 1
+
+
 def test_page_needs_nothing_outside_itself(run_folder):
     page = page_of(run_folder)
     outline = Outline(page)

@@ -152,6 +152,17 @@ def test_groups_of_layers_have_a_curve_each_and_their_median(run_folder):
     assert "2 curves end at 0.100 to 0.500 of their first loss, the median at 0.300." in convergence(run, "").content
 
 
+def test_runs_of_a_comparison_come_in_order_of_merit(comparison):
+    narrow = comparison / "cells" / "ganq-w3-s0"
+    shutil.copytree(comparison / "cells" / "ganq-w4-s0", narrow)
+    edit_bits = json.loads((narrow / "manifest.json").read_text()) | {"bits": 3}
+    (narrow / "manifest.json").write_text(json.dumps(edit_bits))
+    shutil.copytree(comparison / "cells" / "rtn-w4-s0", comparison / "cells" / "a-w4-s0")  # the first by name
+    runs, _ = find_runs([comparison])
+    assert [run.variant for run in runs] == ["ganq", "gptq", "a", "rtn", "ganq"]
+    assert runs[-1].manifest["bits"] == 3
+
+
 def test_methods_converge_side_by_side_as_multiples_of_round_to_nearest(comparison):
     for name, losses in (("ganq", [8.0, 4.0, 2.0]), ("gptq", [3.0, 3.0])):
         path = comparison / "cells" / f"{name}-w4-s0" / "manifest.json"

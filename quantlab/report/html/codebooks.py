@@ -53,8 +53,8 @@ def _picture(layer: Layer, view: CodebookView, name: str) -> Html:
     width = (highest - lowest) / BINS or 1.0
     with styled():
         picture, plot = axes(height=2.1)
-        lefts = [lowest + index * width for index in range(BINS)]
-        plot.bar(lefts, counts.tolist(), width, align="edge", color=color("soft"), linewidth=0)
+        edges = [lowest + index * width for index in range(BINS + 1)]
+        plot.stairs(counts.tolist(), edges, fill=True, color=color("soft"), linewidth=0)
         top = max(counts.max().item(), 1.0)
         plot.vlines(view.levels.tolist(), 0, top * 1.05, color=color("accent"), linewidth=1.4)
         plot.vlines(view.grid.tolist(), -0.12 * top, -0.03 * top, color=color("alert"), linewidth=1.4)

@@ -12,11 +12,11 @@ from quantlab.report.html.experts import experts
 from quantlab.report.html.layers import layers
 from quantlab.report.html.markup import Html, join, tag
 from quantlab.report.html.overview import overview, verdict
-from quantlab.report.html.parts import Part
+from quantlab.report.html.parts import Part, verbatim
 from quantlab.report.html.provenance import fallbacks, provenance
 from quantlab.report.html.published import published
 from quantlab.report.html.resources import resources
-from quantlab.report.html.runs import Failure, Run, find_runs
+from quantlab.report.html.runs import Failure, Run, find_commands, find_runs
 from quantlab.report.html.scores import ranked, texts
 from quantlab.report.html.tradeoff import tradeoff
 from quantlab.report.units import format_bytes, format_count
@@ -37,16 +37,17 @@ def write_report(folders: Sequence[Path], path: Path) -> Path:
     Raises:
         UsageError: a folder is neither, or cannot be read.
     """
-    path.write_text(render_page(*find_runs(folders)), encoding="utf-8")
+    path.write_text(render_page(*find_runs(folders), find_commands(folders)), encoding="utf-8")
     return path
 
 
-def render_page(runs: Sequence[Run], failures: Sequence[Failure] = ()) -> str:
+def render_page(runs: Sequence[Run], failures: Sequence[Failure] = (), commands: Sequence[str] = ()) -> str:
     """The page as text; it needs nothing outside itself.
 
     Args:
         runs: at least one.
         failures: cells of a comparison without a result.
+        commands: that made the comparison.
     """
     title, script = _title(runs), _package_file("page.js")
     found = [overview(runs, failures), tradeoff(runs), published(runs)]
@@ -57,6 +58,8 @@ def render_page(runs: Sequence[Run], failures: Sequence[Failure] = ()) -> str:
         parts += _parts_of(runs[0], "")
     else:
         parts.append(Part(key="runs", title="Run by run", content=join(_folded(runs))))
+    if commands:
+        parts.append(Part(key="repeat", title="Repeat this comparison", content=verbatim("\n".join(commands))))
     body = tag(
         "body",
         tag("a", "Skip to the results", href="#summary", class_="skip"),

@@ -40,3 +40,8 @@ def figure(title: str, explanation: str | None, *content: Html, class_: str | No
 def figures(items: list[Html]) -> Html:
     """Pictures side by side where there is room."""
     return tag("div", join(items), class_="figures")
+
+
+def verbatim(text: str) -> Html:
+    """Lines to be copied, which the keyboard can scroll."""
+    return tag("pre", tag("code", text), tabindex=0)

@@ -1,7 +1,7 @@
 """What is needed to understand and to repeat a run."""
 
 from quantlab.report.html.markup import Html, breakable, join, tag
-from quantlab.report.html.parts import Part
+from quantlab.report.html.parts import Part, verbatim
 from quantlab.report.html.runs import Run
 from quantlab.report.html.tables import facts
 from quantlab.report.markdown import provenance as described
@@ -29,5 +29,16 @@ def provenance(run: Run) -> Part:
     content = [facts([(name, breakable(value)) for name, value in [*described(run.record), *more]])]
     if files:
         content.append(tag("details", tag("summary", f"Hashes of the {len(files)} files"), tag("ul", *files)))
-    content += [tag("h4", "Repeat this run"), tag("pre", tag("code", manifest["command"]), tabindex=0)]
+    recipe = _recipe(run)
+    if recipe:
+        content.append(tag("details", tag("summary", "The recipe in full"), verbatim(recipe)))
+    content += [tag("h4", "Repeat this run"), verbatim(manifest["command"])]
     return Part(key="provenance", title="Provenance", content=join(content))
+
+
+def _recipe(run: Run) -> str:
+    """The recipe with every default filled in; empty in a folder without it."""
+    try:
+        return (run.folder / "recipe.resolved.yaml").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""

@@ -9,12 +9,14 @@ from matplotlib.ticker import MultipleLocator
 from quantlab.report.html.markup import Html
 from quantlab.report.html.parts import Part, figure, figures
 from quantlab.report.html.runs import Run
-from quantlab.report.html.svg import WIDTH, axes, color, inline, label, styled
+from quantlab.report.html.svg import axes, color, inline, label, styled
 from quantlab.report.units import format_bytes, format_duration
 
 BYTE_STEPS = [factor * 10.0**power for power in range(3, 15) for factor in (1, 2, 5)]
 SECOND_STEPS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 3600, 7200, 18000, 36000, 86400]
 MOST_TICKS = 4
+CHARACTER_WIDTH = 0.018
+"""Of small text, as a share of a plot."""
 
 Amount = tuple[str, float]
 """What it is, and how much."""
@@ -51,16 +53,18 @@ def _timeline(run: Run, name: str) -> Html:
     end_s = interval_s * len(sizes)
     edges = [interval_s * index for index in range(len(sizes) + 1)]
     begins = {stage: min(start_s, end_s) for stage, start_s in timeline["stages"].items()}
-    top = 1.12 * max([*sizes, budget or 0])
+    most = max([*sizes, budget or 0])
+    top = 1.15 * most
     with styled():
-        picture, plot = axes(height=2.7, width=1.6 * WIDTH)
+        picture, plot = axes(height=2.3)
         plot.stairs(sizes, edges, fill=True, color=color("soft"))
         plot.stairs(sizes, edges, baseline=None, color=color("accent"), linewidth=1.6)
         for (stage, start_s), stop_s in zip(begins.items(), [*begins.values(), end_s][1:], strict=True):
             plot.axvline(start_s, color=color("muted"), linewidth=0.8, linestyle=(0, (1, 2)))
-            if stop_s - start_s > 0.08 * end_s:
+            name_of_stage = _words(stage, 16)
+            if stop_s - start_s > CHARACTER_WIDTH * len(name_of_stage) * end_s:
                 centre = (start_s + stop_s) / 2
-                plot.text(centre, 0.97 * top, _words(stage, 16), ha="center", va="top", size=8.5, color=color("muted"))
+                plot.text(centre, 0.04 * top, name_of_stage, ha="center", va="bottom", size=8.5, color=color("muted"))
         if budget is not None:
             plot.axhline(budget, color=color("alert"), linewidth=1.4, linestyle=(0, (4, 2)))
             plot.annotate(
@@ -70,7 +74,7 @@ def _timeline(run: Run, name: str) -> Html:
         plot.set(xlim=(0, end_s), ylim=(0, top))
         plot.xaxis.set_major_locator(MultipleLocator(_step(end_s, SECOND_STEPS)))
         plot.xaxis.set_major_formatter(lambda seconds, _: _tick(format_duration(seconds)) if seconds else "0")
-        plot.yaxis.set_major_locator(MultipleLocator(_step(top, BYTE_STEPS)))
+        plot.yaxis.set_major_locator(MultipleLocator(_step(most, BYTE_STEPS)))
         plot.yaxis.set_major_formatter(lambda size, _: format_bytes(size) if size else "0")
         peaks = [
             f"{_words(stage, 28)} up to {format_bytes(max(_between(sizes, interval_s, start_s, stop_s)))}"
@@ -81,7 +85,7 @@ def _timeline(run: Run, name: str) -> Html:
     explanation = "Resident memory of the process."
     if budget is None:
         explanation += " No budget was set (engine.memory_budget)."
-    return figure("Memory over time", explanation, svg, class_="wide")
+    return figure("Memory over time", explanation, svg, class_="across")
 
 
 def _between(sizes: Sequence[float], interval_s: float, start_s: float, stop_s: float) -> Sequence[float]:

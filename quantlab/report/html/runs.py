@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.checkpoint.names import MANIFEST_NAME
-from quantlab.compare import CELLS, FAILURE_SUFFIX
+from quantlab.compare import CELLS, COMMANDS, FAILURE_SUFFIX
 from quantlab.errors import UsageError
 from quantlab.report.markdown import provenance
 from quantlab.report.record import RunRecord, read_record
@@ -102,7 +102,7 @@ class Failure:
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Failure]]:
-    """The runs in some folders, each that of a run or of a comparison.
+    """The runs in some folders, each that of a run or of a comparison, whose runs come in order of merit.
 
     Raises:
         UsageError: a folder is neither, a file in it cannot be read or lacks something, or no run is finished.
@@ -111,13 +111,38 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Failure]]:
     failures: list[Failure] = []
     for folder in dict.fromkeys(folders):
         if (folder / CELLS).is_dir():
-            runs += [_read_run(path.parent) for path in sorted((folder / CELLS).glob(f"*/{MANIFEST_NAME}"))]
+            cells = [_read_run(path.parent) for path in sorted((folder / CELLS).glob(f"*/{MANIFEST_NAME}"))]
+            runs += sorted(cells, key=_place)
             failures += [_read_failure(path) for path in sorted((folder / CELLS).glob(f"*{FAILURE_SUFFIX}"))]
         else:
             runs.append(_read_run(folder))
     if not runs:
         raise UsageError(f"no run is finished in {', '.join(map(str, folders))}; `quantlab compare` continues them")
     return _with_distinct_labels(runs), failures
+
+
+def _place(run: Run) -> tuple[int, float]:
+    """Wide codes first, and at the same width what is closest to the float model."""
+    divergences = (values.get("kl") for values in run.record.perplexity.values())
+    known = next((float(value) for value in divergences if isinstance(value, int | float)), math.inf)
+    return -int(run.manifest["bits"]), known
+
+
+def find_commands(folders: Sequence[Path]) -> list[str]:
+    """The command lines that made the comparisons among some folders.
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
+    commands: list[str] = []
+    for path in (folder / COMMANDS for folder in dict.fromkeys(folders)):
+        try:
+            commands += path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read {path}: {error}") from error
+    return list(dict.fromkeys(commands))
 
 
 def _read_run(folder: Path) -> Run:

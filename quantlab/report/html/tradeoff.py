@@ -129,6 +129,7 @@ def _draw_points(plot: Axes, points: Sequence[Point], variants: Sequence[str]) -
             markeredgecolor=color("page"),
             markeredgewidth=0.8,
             gid=f"point-{index}",
+            zorder=3 + 1 / (1 + index),  # the first runs, which are the best of a comparison, on top
             label=label(run.variant, 24) if first else None,
         )
     _label(plot, best)
