@@ -16,8 +16,13 @@ from quantlab.errors import ModelError
 
 # How a fused module lays its weights out; set on every module that follows the interface.
 _LAYOUT = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
-# Llama 4 does not follow it: its experts get inputs that are sorted by expert and scaled already.
-_SORTED_LAYOUT = {"Llama4TextExperts": dict(zip(_LAYOUT, (True, False, False, True, True), strict=True))}
+# Classes that do not follow it, with what it would say. The experts of Llama 4 get inputs that are sorted by expert and
+# scaled already, those of LongCat-Flash are followed by some that return their input, and DBRX has matrices of its own.
+_OTHER_LAYOUTS = {
+    "Llama4TextExperts": dict(zip(_LAYOUT, (True, False, False, True, True), strict=True)),
+    "LongcatFlashExperts": dict(zip(_LAYOUT, (True, False, False, False, True), strict=True)),
+    "DbrxExperts": dict(zip(_LAYOUT, (True, False, False, False, True), strict=True)),
+}
 
 
 class UnfusedExperts(nn.Module):
@@ -28,6 +33,10 @@ class UnfusedExperts(nn.Module):
 
     Args:
         fused: follows the experts interface of transformers; its parameters are taken out of it.
+
+    Attributes:
+        num_experts: how many there are.
+        returns_input: whether experts beyond these return what they are given.
     """
 
     def __init__(self, fused: nn.Module) -> None:
@@ -36,6 +45,7 @@ class UnfusedExperts(nn.Module):
         self._fused: tuple[Any] = (fused,)
         projections = _take_projections(fused)
         self.num_experts = len(projections["down_proj"])
+        self.returns_input = hasattr(fused, "identity_expert")
         for name, child in fused.named_children():
             self.add_module(name, child)
         for index in range(self.num_experts):
@@ -47,14 +57,19 @@ class UnfusedExperts(nn.Module):
         """The weighted sum of the outputs of each token's experts, added up in float32.
 
         Args:
-            hidden_states: (tokens, hidden_size).
+            hidden_states: (..., hidden_size), with as many tokens as the other two.
             top_k_index: (tokens, experts per token); experts that do not exist contribute nothing.
             top_k_weights: (tokens, experts per token).
 
         Returns:
-            (tokens, hidden_size).
+            (..., hidden_size).
         """
+        shape, hidden_states = hidden_states.shape, hidden_states.reshape(-1, hidden_states.shape[-1])
         total = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
+        if self.returns_input:
+            tokens, ranks = torch.where(top_k_index >= self.num_experts)
+            inputs = hidden_states[tokens] * top_k_weights[tokens, ranks, None]
+            total.index_add_(0, tokens, inputs.to(total.dtype))
         for index in range(self.num_experts):
             tokens, ranks = torch.where(top_k_index == index)
             if index in self._hear_all:
@@ -64,7 +79,7 @@ class UnfusedExperts(nn.Module):
             else:
                 continue
             total.index_add_(0, tokens, (outputs * top_k_weights[tokens, ranks, None]).to(total.dtype))
-        return total.to(hidden_states.dtype)
+        return total.to(hidden_states.dtype).view(shape)
 
     def _run(self, index: int, states: Tensor) -> Tensor:
         (fused,) = self._fused
@@ -177,24 +192,41 @@ def _unfused(module: nn.Module) -> Iterator[tuple[str, UnfusedExperts]]:
 
 
 def _is_fused(module: nn.Module) -> bool:
-    known = type(module).__name__ in _SORTED_LAYOUT or all(hasattr(module, attribute) for attribute in _LAYOUT)
+    if type(module).__name__ == "DbrxExperts":
+        return module.get_submodule("mlp")._parameters.get("w2") is not None
+    known = type(module).__name__ in _OTHER_LAYOUTS or all(hasattr(module, attribute) for attribute in _LAYOUT)
     return known and module._parameters.get("down_proj") is not None
 
 
 def _separate(fused: Any) -> UnfusedExperts:
-    layout = _SORTED_LAYOUT.get(type(fused).__name__)
-    if layout is None:
+    name = type(fused).__name__
+    if name not in _OTHER_LAYOUTS:
         return UnfusedExperts(fused)
+    for attribute, value in _OTHER_LAYOUTS[name].items():
+        setattr(fused, attribute, value)
+    if name == "DbrxExperts":
+        _rearrange_dbrx(fused)
 
     def apply_gate(gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        gated: Tensor = up * fused.act_fn(gate)
+        gated: Tensor = fused.act_fn(gate) * up
         return gated
 
-    for attribute, value in layout.items():
-        setattr(fused, attribute, value)
     fused._apply_gate = apply_gate
-    return UnfusedSortedExperts(fused)
+    return UnfusedSortedExperts(fused) if name == "Llama4TextExperts" else UnfusedExperts(fused)
+
+
+def _rearrange_dbrx(fused: Any) -> None:
+    """Parameters as in the interface, in place of DBRX's three of (experts * ffn_hidden_size, hidden_size)."""
+    mlp = fused.mlp
+    gate, up, down = (
+        mlp._parameters.pop(name).detach().view(fused.num_experts, fused.ffn_hidden_size, fused.hidden_size)
+        for name in ("w1", "v1", "w2")
+    )
+    fused.gate_up_proj = nn.Parameter(torch.cat((gate, up), dim=1), requires_grad=False)
+    fused.down_proj = nn.Parameter(down.transpose(1, 2), requires_grad=False)
+    fused.act_fn = mlp.activation_fn
+    del fused.mlp
 
 
 def _take_projections(fused: Any) -> dict[str, list[nn.Linear]]:

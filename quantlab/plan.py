@@ -90,11 +90,13 @@ def plan_run(assignment: MethodAssignment, config: PretrainedConfig) -> Plan:
     )
     problems += [*_group_problems(layers), *_rule_problems(assignment, layers)]
     samples, length = recipe.calibration.num_samples, window_length(recipe.calibration.sequence_length, config)
-    statistics = statistics_options(recipe, [layer.method for layer in layers if layer.method is not None])
+    methods = [layer.method for layer in layers if layer.method is not None]
+    statistics = statistics_options(recipe, methods)
     memory = None
     try:
         require_collectable(statistics, config, survey.unfused_experts)
-        memory = plan_memory(survey.sizes, samples, length, engine_options(recipe), statistics)
+        calibrated = any(method.quantizer.info.needs for method in methods)
+        memory = plan_memory(survey.sizes, samples, length, engine_options(recipe), statistics, calibrated=calibrated)
     except (ModelError, RecipeError) as error:
         problems.append(str(error))
     if problems or memory is None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import click
 
-from quantlab.cli.options import Session, common_options, examples, json_option, tasks_option
+from quantlab.cli.options import Session, common_options, examples, json_option, open_console, tasks_option
 from quantlab.recipe.size import parse_size, size_error
 
 
@@ -26,6 +26,7 @@ def parse_budget(context: click.Context, parameter: click.Parameter, value: str 
         "quantlab eval runs/ganq_w4-demo --num-windows 32",
         "quantlab eval runs/ganq_w4-demo/model --against demo --perplexity stdlib --sequence-length 512",
         "quantlab eval runs/ganq_w4-demo --memory-budget 4GiB",
+        "quantlab eval runs/ganq_w4-demo --layers --num-windows 32",
         "quantlab eval demo --tasks stdlib_continuation --limit 40",
         "quantlab eval ./my-model --perplexity wikitext2 --perplexity c4-new --tasks ganq-zeroshot",
     ),
@@ -47,6 +48,11 @@ def parse_budget(context: click.Context, parameter: click.Parameter, value: str 
 @click.option("--stride", type=click.IntRange(min=1), help="Tokens between windows.  [default: no overlap]")
 @click.option("--bos", type=click.Choice(["none", "tokenizer", "each_window"]), help="[default: as the protocol says]")
 @click.option("--num-windows", type=click.IntRange(min=1), help="Windows per text, evenly spread.  [default: all]")
+@click.option(
+    "--layers",
+    is_flag=True,
+    help="Measure the error of every layer of a run, on its calibration text and on the first --perplexity text.",
+)
 @tasks_option
 @click.option("--tasks-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Local task files.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Solved examples before a question.")
@@ -73,6 +79,7 @@ def evaluate(
     stride: int | None,
     bos: Literal["none", "tokenizer", "each_window"] | None,
     num_windows: int | None,
+    layers: bool,
     tasks: tuple[str, ...],
     tasks_dir: Path | None,
     num_fewshot: int | None,
@@ -87,7 +94,8 @@ def evaluate(
     """Evaluate MODEL: the folder of a run or of a checkpoint, or any float model.
 
     With a float model to compare with, perplexities come with the divergence (KL) from it and the share of tokens for
-    which both models find the same token likeliest.
+    which both models find the same token likeliest. Layer errors are also kept in the folder of the run (eval.json),
+    where `quantlab report` finds them.
     """
     from quantlab.cli.progress import choose_progress
     from quantlab.evaluate.evaluation import EvaluationOptions, evaluate_subject
@@ -97,11 +105,12 @@ def evaluate(
     subject = find_subject(model)
     reference = against or subject.source
     options = EvaluationOptions(
-        protocols=protocols or (() if tasks else ("stdlib",)),
+        protocols=protocols or (() if tasks and not layers else ("stdlib",)),
         sequence_length=sequence_length,
         stride=stride,
         bos=bos,
         num_windows=num_windows,
+        layers=layers,
         tasks=TaskOptions(
             tasks=tasks, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, tasks_dir=tasks_dir
         ),
@@ -111,12 +120,24 @@ def evaluate(
     )
     with choose_progress(quiet=session.quiet or as_json) as progress:
         results = evaluate_subject(subject, find_subject(reference) if reference else None, options, progress)
+    if layers:
+        keep_layer_errors(subject.folder.parent, results["layers"])
     if output is not None:
         output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if as_json:
         click.echo(json.dumps(results, indent=2))
     else:
         _print(results)
+
+
+def keep_layer_errors(run_folder: Path, errors: dict[str, Any]) -> None:
+    """Put layer errors beside what the run's own evaluation found."""
+    from quantlab.checkpoint.atomic import replacing
+
+    path = run_folder / "eval.json"
+    content = json.loads(path.read_text(encoding="utf-8")) | {"layers": errors}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _print(results: dict[str, Any]) -> None:
@@ -133,6 +154,8 @@ def _print(results: dict[str, Any]) -> None:
         )
         click.echo(f"  KL to float {values['kl']:.5f} ± {values['kl_standard_error']:.5f} nats per token")
         click.echo(f"  same likeliest token {values['top1_agreement']:.2%}")
+    if "layers" in results:
+        _print_layers(results["layers"])
     for name, task in results.get("tasks", {}).items():
         few = f"{task['num_fewshot']}-shot" if task["num_fewshot"] is not None else ""
         click.echo(
@@ -142,3 +165,28 @@ def _print(results: dict[str, Any]) -> None:
         for metric, value in task["metrics"].items():
             spread = "" if value["standard_error"] is None else f" ± {value['standard_error']:.4f}"
             click.echo(f"  {metric:<10} {value['value']:.4f}{spread}")
+
+
+def _print_layers(errors: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from quantlab.report.layer_errors import TEXTS, by_role
+
+    what = ", ".join(
+        f"{text['windows']} windows of {text['sequence_length']} tokens of {text['source']} ({TEXTS[name]})"
+        for name, text in errors["texts"].items()
+    )
+    click.echo(click.style("layer errors", bold=True) + f"  ({what})")
+    table = Table(header_style="bold")
+    table.add_column("layers", no_wrap=True)
+    for title in ("count", "calibration", "held-out", "× rtn, held-out", "accumulated, held-out"):
+        table.add_column(title, justify="right")
+    for row in by_role(errors["layers"]):
+        table.add_row(row.name, str(row.count), *row.cells())
+    console = open_console()
+    console.print(table)
+    console.print(
+        "share of the layer's output, geometric means over blocks; inputs of the float model, and for accumulated "
+        "errors those behind the quantized layers before it",
+        style="dim",
+    )

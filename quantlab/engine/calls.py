@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -155,6 +155,8 @@ def trace_calls(
     rest: Rest,
     input_ids: Tensor,
     attention_mask: Tensor | None,
+    *,
+    to_the_end: bool,
 ) -> tuple[tuple[BlockCall, ...], int | None]:
     """Run the model with blocks that pass their hidden states through.
 
@@ -164,6 +166,8 @@ def trace_calls(
         rest: what every block returns besides.
         input_ids: (sequences, tokens).
         attention_mask: (sequences, tokens) or None.
+        to_the_end: whether to go on behind the last block, which would be for nothing but to see that no block is
+            called again: the logits of a batch can be larger than everything else.
 
     Returns:
         The call of every block, and the first block that was not given the output of the block before; None
@@ -172,6 +176,10 @@ def trace_calls(
     Raises:
         ModelError: the model does not call each block once, in order.
     """
+
+    class AllCalled(Exception):
+        """Leaves the forward pass in its last block."""
+
     calls: list[BlockCall] = []
     changed: list[int] = []
     returned = [(torch.empty(0), 0)]
@@ -181,9 +189,11 @@ def trace_calls(
             changed.append(call.index)
         calls.append(call)
         returned[-1] = (call.hidden, _version(call.hidden))
+        if len(calls) == len(blocks) and not to_the_end:
+            raise AllCalled
         return join_output(call.hidden, rest)
 
-    with forward_replaced(blocks, stub):
+    with suppress(AllCalled), forward_replaced(blocks, stub):
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     order = [call.index for call in calls]
     if order != list(range(len(blocks))):

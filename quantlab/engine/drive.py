@@ -42,7 +42,7 @@ def open_driver(model: PreTrainedModel, blocks: Sequence[nn.Module], input_ids: 
     """
     versions = [parameter._version for parameter in model.parameters()]
     rest = _returned_besides(model, blocks[0], input_ids)
-    calls, changed = trace_calls(model, blocks, rest, input_ids, None)
+    calls, changed = trace_calls(model, blocks, rest, input_ids, None, to_the_end=True)
     if versions != [parameter._version for parameter in model.parameters()]:
         raise ModelError(
             f"{type(model).__name__}: the forward pass changes the weights of the model, so its blocks can neither be "

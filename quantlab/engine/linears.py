@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantlab.errors import ModelError
-from quantlab.experts import fused_experts
+from quantlab.experts import expert_groups, fused_experts
 
 MIN_QUANTIZED_SHARE = 0.9
 # Time steps of state-space layers and weights of sparse-attention indexers, which models read without calling them,
@@ -67,6 +67,22 @@ def require_quantizable(block: nn.Module, name: str) -> None:
             f"{name} ({type(block).__name__}): only {covered / total:.0%} of its {total:,} weights are in linear layers"
             f" or in experts of a known layout; the largest other weight is {largest}"
         )
+
+
+def input_groups(block: nn.Module, linears: dict[str, nn.Module], forward: Callable[[], object]) -> list[list[str]]:
+    """Names of all layers of a block, those that receive the same input together; layers of experts come last.
+
+    Args:
+        block: its experts unfused.
+        linears: its layers, as `find_linears` names them.
+        forward: runs the block once.
+
+    Raises:
+        ModelError: as for `group_by_input`.
+    """
+    experts = expert_groups(block)
+    routed = {layer for group in experts for layer in group}
+    return group_by_input({name: linear for name, linear in linears.items() if name not in routed}, forward) + experts
 
 
 def group_by_input(linears: dict[str, nn.Module], forward: Callable[[], object]) -> list[list[str]]:

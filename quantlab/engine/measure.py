@@ -76,9 +76,10 @@ def measure_layer(
         for start in range(group.start, group.stop, _ROWS_PER_PIECE):
             rows = slice(start, min(group.stop, start + _ROWS_PER_PIECE))
             wanted = target[rows].float()
-            scale += layer_loss(wanted, torch.zeros_like(wanted), own.hessian).sum().item()
+            rounded = round_to_nearest(wanted, spec).dequantize()
             loss += layer_loss(wanted, stored[rows], own.hessian).sum().item()
-            baseline += layer_loss(wanted, round_to_nearest(wanted, spec).dequantize(), own.hessian).sum().item()
+            scale += layer_loss(wanted, torch.zeros_like(wanted), own.hessian, dtype=torch.float32).sum().item()
+            baseline += layer_loss(wanted, rounded, own.hessian, dtype=torch.float32).sum().item()
             if target is not weight:
                 shift += layer_loss(wanted, weight[rows], own.hessian).sum().item()
     scale = scale or 1.0

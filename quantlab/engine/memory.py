@@ -1,9 +1,14 @@
 """How much memory a run takes, and how its parts are cut so that it stays within the budget.
 
-    peak = runtime + weights + statistics + hidden states in memory + the larger of  batch  and  solver + layers + rows
+A run goes through phases that occupy different things:
 
-The weights are one block and those outside the blocks, or two blocks. The budget is kept even if batch and solver were
-there at once.
+    recording   the weights outside the blocks, and one block
+    forward     one block, the statistics of one group of layers, a batch inside the block
+    solving     one block, the same statistics, the solver's matrices, layers and rows
+    finishing   the weights outside the blocks, and the logits of one batch
+
+The peak is that of the largest phase, beside the runtime and the hidden states in memory. Models whose forward is
+paused inside their blocks (`quantlab.engine.suspend`) keep the weights outside the blocks all the time.
 
 What is cut by the budget and has an influence on the last digits (tokens per batch, rows solved at a time) depends
 on the recipe and on shapes alone, never on the machine, so that a run can be repeated elsewhere.
@@ -32,8 +37,11 @@ RUNTIME_BYTES = 512 * 2**20
 SOLVER_MATRICES = 3
 """Matrices of the size of the Hessian that a method holds beside it: damped, ordered, and factored."""
 
-SOLVER_ROW_COPIES = 8
+SOLVER_ROW_COPIES = 4
 """Float32 copies of the rows being solved: weights, rounded values, errors, codes, and those of the checks."""
+
+ROWS_RESERVE = 4
+"""Room that the budget leaves for rows, in multiples of that: methods that cluster every row hold that much."""
 
 MIN_ROWS = 64
 """Fewer rows at a time would spend the time on repeated factorisations."""
@@ -50,9 +58,10 @@ LAYER_BYTES = 6
 WIDE_COPIES = 6
 """Tensors of a batch that exist at once inside a block, counted as float32 of the widest layer."""
 
-UNBOUNDED_EXPERTS_BYTES = 4 * 2**30
+LOGITS_RESERVE = 3
+"""Copies of a batch's logits that the budget leaves room for: models that cap or widen them make some."""
 
-_SOLVING = ("solver", "layers", "rows")
+UNBOUNDED_EXPERTS_BYTES = 4 * 2**30
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _LARGE_BYTES = 1 << 20
@@ -67,6 +76,7 @@ class MemoryPlan:
         max_rows: rows that a row-independent method is given at once; None for all.
         statistics_bytes: for the statistics that are collected in one pass.
         activations_in_memory: whether hidden states are kept in memory between blocks.
+        outside_stays: whether the weights outside the blocks stay in memory all the time.
         parts: what is expected to be occupied, in bytes by name; not all at the same time.
     """
 
@@ -74,13 +84,21 @@ class MemoryPlan:
     max_rows: int | None
     statistics_bytes: int
     activations_in_memory: bool
+    outside_stays: bool
     parts: dict[str, int]
 
     @property
     def peak_bytes(self) -> int:
-        """What is expected to be occupied at the peak: a batch is gone before the layers are solved."""
-        solving = sum(self.parts[name] for name in _SOLVING)
-        return sum(self.parts.values()) - min(solving, self.parts["batch"])
+        """What is expected to be occupied in the largest phase."""
+        parts = self.parts
+        solving = parts["solver"] + parts["layers"] + parts["rows"]
+        inside = _beside_block(parts["block"]) + parts["statistics"] + parts["experts"] + max(parts["batch"], solving)
+        largest = max(
+            parts["outside"] + parts["block"],
+            parts["outside"] + parts["logits"],
+            inside + (parts["outside"] if self.outside_stays else 0),
+        )
+        return parts["runtime"] + parts["hidden states"] + largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,29 +139,65 @@ class ModelSizes:
             itemsize=model.dtype.itemsize,
         )
 
-    @property
-    def stack_elements(self) -> int:
-        """Weights of the largest layers that share one input."""
-        return LAYERS_PER_STACK * max(rows * columns for rows, columns in self.shapes)
+    def stack_elements(self, columns: int) -> int:
+        """Weights of the largest layers that share one input of this width."""
+        rows = max(rows for rows, own in self.shapes if own == columns)
+        return (LAYERS_PER_STACK if columns == self.hidden_size else 1) * rows * columns
+
+    def inside_bytes(self, tokens: int) -> int:
+        """Of what one batch occupies inside a block."""
+        return tokens * WIDE_COPIES * 4 * max(max(shape) for shape in self.shapes)
+
+    def logits_bytes(self, tokens: int) -> int:
+        """Of the logits of one batch."""
+        return tokens * self.vocabulary * self.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Solving:
+    """What it takes to solve the layers that share an input of one width, in bytes.
+
+    Attributes:
+        statistics: of the input.
+        solver: matrices that the method holds beside the Hessian.
+        layers: what exists of the layers however their rows are cut.
+        rows: what solving all their rows at once occupies.
+        row: what solving one row occupies.
+    """
+
+    statistics: int
+    solver: int
+    layers: int
+    rows: int
+    row: int
 
     @property
-    def stack_bytes(self) -> int:
-        """What solving these layers at once occupies."""
-        return SOLVER_ROW_COPIES * 4 * self.stack_elements
+    def fixed(self) -> int:
+        return self.statistics + self.solver + self.layers
 
-    @property
-    def row_bytes(self) -> int:
-        """What solving one row of the widest layer occupies."""
-        return SOLVER_ROW_COPIES * 4 * max(columns for _, columns in self.shapes)
+    def rows_within(self, room: int) -> int | None:
+        """The rows to solve at a time so that, with their reserve, they fit beside the rest; None for all."""
+        spare = room - self.fixed
+        return None if ROWS_RESERVE * self.rows <= spare else max(0, spare // (ROWS_RESERVE * self.row))
 
-    def batch_bytes(self, tokens: int) -> int:
-        """Of what one batch occupies inside a block, or as logits."""
-        widest = max(max(shape) for shape in self.shapes)
-        return tokens * max(WIDE_COPIES * 4 * widest, 4 * self.vocabulary)
+    def rows_of(self, max_rows: int | None) -> int:
+        """Bytes of the rows solved at a time."""
+        return self.rows if max_rows is None else min(self.rows, max_rows * self.row)
+
+    def reserved(self, max_rows: int | None) -> int:
+        """Bytes that the budget has to leave."""
+        return self.fixed + ROWS_RESERVE * self.rows_of(max_rows)
 
 
 def plan_memory(
-    sizes: ModelSizes, samples: int, sequence_length: int, options: EngineOptions, statistics: StatisticsOptions
+    sizes: ModelSizes,
+    samples: int,
+    sequence_length: int,
+    options: EngineOptions,
+    statistics: StatisticsOptions,
+    *,
+    calibrated: bool = True,
+    outside_stays: bool = False,
 ) -> MemoryPlan:
     """Cut the work so that it fits the budget.
 
@@ -153,36 +207,51 @@ def plan_memory(
         sequence_length: tokens per window.
         options: the budget, and where hidden states are kept.
         statistics: what is collected.
+        calibrated: whether a method works with the Hessian, so that it holds matrices of its size.
+        outside_stays: as in `MemoryPlan`.
 
     Raises:
         RecipeError: the budget is too small whatever is cut; the message lists what needs how much.
     """
     budget = options.memory_budget_bytes
     tokens = _tokens_per_batch(sizes, sequence_length, budget)
-    fixed = _fixed_parts(sizes, min(tokens, samples * sequence_length), statistics)
+    batch_tokens = min(tokens, samples * sequence_length)
+    groups = [_solving(sizes, columns, statistics, calibrated) for columns in {columns for _, columns in sizes.shapes}]
     chains = 2 if statistics.float_inputs else 1
     hidden = 2 * chains * samples * sequence_length * sizes.hidden_size * sizes.itemsize
-    experts = max(0, sizes.expert_groups - 1) * fixed["statistics"]
+    experts = max(0, sizes.expert_groups - 1) * max(group.statistics for group in groups)
+    always = {"runtime": RUNTIME_BYTES, "outside": sizes.outside_bytes, "block": sizes.block_bytes}
+    batch = {"batch": sizes.inside_bytes(batch_tokens), "logits": sizes.logits_bytes(batch_tokens)}
     if budget is None:
         room = {"ram": hidden, "disk": 0, "auto": physical_bytes() // 4}[options.activations]
         experts = min(experts, UNBOUNDED_EXPERTS_BYTES)
-        max_rows, rows = None, sizes.stack_bytes
+        max_rows = None
     else:
-        spare = budget - sum(fixed.values())
-        experts = min(experts, max(0, spare // 4))
-        spare -= experts
-        max_rows, rows = _rows_within(sizes, spare // 2)
         needed = hidden if options.activations == "ram" else 0
-        if (max_rows is not None and max_rows < MIN_ROWS) or spare - rows < needed:
-            least = max(needed + sizes.stack_bytes, 2 * MIN_ROWS * sizes.row_bytes) + sum(fixed.values())
-            raise _too_small(budget, least, fixed | {"hidden states": needed})
-        room = 0 if options.activations == "disk" else spare - rows
+        spare = budget - RUNTIME_BYTES - needed
+        inside = spare - _beside_block(sizes.block_bytes) - (sizes.outside_bytes if outside_stays else 0)
+        experts = min(experts, max(0, inside - max(group.fixed for group in groups)) // 4)
+        max_rows = min(
+            (rows for group in groups if (rows := group.rows_within(inside - experts)) is not None), default=None
+        )
+        largest = max(group.reserved(max_rows) for group in groups)
+        statistics_and_batch = max(group.statistics for group in groups) + batch["batch"]
+        outside = sizes.outside_bytes + max(sizes.block_bytes, batch["logits"])
+        if (max_rows is not None and max_rows < MIN_ROWS) or max(statistics_and_batch - inside, outside - spare) > 0:
+            least = max(max(group.reserved(MIN_ROWS) for group in groups), statistics_and_batch)
+            least = budget + max(least - inside, outside - spare)
+            parts = always | batch | _parts_of(max(groups, key=lambda group: group.fixed), MIN_ROWS)
+            raise _too_small(budget, least, parts | {"hidden states": needed})
+        room = 0 if options.activations == "disk" else needed + min(inside - experts - largest, spare - outside)
+    largest_group = max(groups, key=lambda group: group.fixed + group.rows_of(max_rows))
+    parts = _parts_of(largest_group, max_rows)
     return MemoryPlan(
         tokens_per_batch=tokens,
         max_rows=max_rows,
-        statistics_bytes=fixed["statistics"] + experts,
+        statistics_bytes=max(group.statistics for group in groups) + experts,
         activations_in_memory=hidden <= room,
-        parts=fixed | {"experts": experts, "rows": rows, "hidden states": hidden if hidden <= room else 0},
+        outside_stays=outside_stays,
+        parts=always | batch | parts | {"experts": experts, "hidden states": hidden if hidden <= room else 0},
     )
 
 
@@ -196,35 +265,41 @@ def give_freed_memory_back() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
+def _beside_block(block_bytes: int) -> int:
+    """A block and the layers that replace its own one by one, which take at most half as much."""
+    return block_bytes * 3 // 2
+
+
 def _tokens_per_batch(sizes: ModelSizes, sequence_length: int, budget: int | None) -> int:
     tokens = max(TOKENS_PER_BATCH, sequence_length)
-    while budget is not None and tokens > sequence_length and sizes.batch_bytes(tokens) > budget // 8:
+    while budget is not None and tokens > sequence_length and _batch_bytes(sizes, tokens) > budget // 8:
         tokens //= 2
     return max(tokens // sequence_length, 1) * sequence_length
 
 
-def _fixed_parts(sizes: ModelSizes, tokens: int, statistics: StatisticsOptions) -> dict[str, int]:
-    """What is needed however the rows are cut."""
-    columns = max(shape[1] for shape in sizes.shapes)
+def _batch_bytes(sizes: ModelSizes, tokens: int) -> int:
+    return max(sizes.inside_bytes(tokens), LOGITS_RESERVE * sizes.logits_bytes(tokens))
+
+
+def _solving(sizes: ModelSizes, columns: int, statistics: StatisticsOptions, calibrated: bool) -> _Solving:
+    elements = sizes.stack_elements(columns)
+    num_layers = LAYERS_PER_HIDDEN_STATE if columns == sizes.hidden_size else 1
+    return _Solving(
+        statistics=statistics_bytes(columns, num_layers, statistics),
+        solver=SOLVER_MATRICES * 4 * columns**2 if calibrated else 0,
+        layers=LAYER_BYTES * elements,
+        rows=SOLVER_ROW_COPIES * 4 * elements,
+        row=SOLVER_ROW_COPIES * 4 * columns,
+    )
+
+
+def _parts_of(group: _Solving, max_rows: int | None) -> dict[str, int]:
     return {
-        "runtime": RUNTIME_BYTES,
-        "weights": max(sizes.outside_bytes + sizes.block_bytes, 2 * sizes.block_bytes),
-        "batch": sizes.batch_bytes(tokens),
-        "statistics": max(
-            statistics_bytes(inputs, LAYERS_PER_HIDDEN_STATE if inputs == sizes.hidden_size else 1, statistics)
-            for _, inputs in sizes.shapes
-        ),
-        "solver": SOLVER_MATRICES * 4 * columns**2,
-        "layers": LAYER_BYTES * sizes.stack_elements,
+        "statistics": group.statistics,
+        "solver": group.solver,
+        "layers": group.layers,
+        "rows": group.rows_of(max_rows),
     }
-
-
-def _rows_within(sizes: ModelSizes, room: int) -> tuple[int | None, int]:
-    """The rows to solve at a time, None for all, and their memory."""
-    if sizes.stack_bytes <= room:
-        return None, sizes.stack_bytes
-    max_rows = max(0, room // sizes.row_bytes)
-    return max_rows, max_rows * sizes.row_bytes
 
 
 def _too_small(budget: int, least: int, parts: dict[str, int]) -> RecipeError:

@@ -62,7 +62,7 @@ class RecordingDriver(BlockDriver[RecordedBatch]):
 
     def record(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, RecordedBatch]:
         """Note what every block is called with; tensors of equal content are shared with the first batch."""
-        calls, changed = trace_calls(self._model, self._blocks, self._rest, input_ids, attention_mask)
+        calls, changed = trace_calls(self._model, self._blocks, self._rest, input_ids, attention_mask, to_the_end=False)
         if changed is not None:
             raise ModelError(
                 f"{type(self._model).__name__}: the model changes the hidden states between blocks {changed - 1} and "

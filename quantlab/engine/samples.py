@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from quantlab.api import InputStatistics
 from quantlab.engine.calls import BlockDriver
 from quantlab.engine.drive import open_driver
-from quantlab.engine.linears import find_linears, group_by_input, weight_of
+from quantlab.engine.linears import find_linears, input_groups, weight_of
 from quantlab.engine.statistics import GroupStatistics, StatisticsCollector, StatisticsOptions, capture_inputs
-from quantlab.experts import expert_groups, fused_experts, unfuse
+from quantlab.experts import fused_experts, unfuse
 from quantlab.skeleton import WeightSource, build_skeleton, find_blocks, read_config, unload
 
 TOKENS_PER_BATCH = 4096
@@ -110,10 +110,7 @@ class _Text:
 
 def _samples_of(name: str, index: int, block: nn.Module, texts: Sequence[_Text]) -> Iterator[LayerSample]:
     linears = find_linears(block)
-    experts = expert_groups(block)
-    routed = {layer for group in experts for layer in group}
-    plain = {layer: linear for layer, linear in linears.items() if layer not in routed}
-    groups = group_by_input(plain, partial(texts[0].run, index, 0)) + experts
+    groups = input_groups(block, linears, partial(texts[0].run, index, 0))
     calibration, held_out = (text.collect(index, groups, linears) for text in texts)
     for group, solved_with, measured_with in zip(groups, calibration, held_out, strict=True):
         for layer in group:

@@ -158,9 +158,8 @@ class _Stream:
         self._options = {layer: chosen for layer, chosen in options.items() if chosen is not None}
         self._statistics = request.statistics
         require_collectable(self._statistics, config, self._survey.unfused_experts)
-        samples, tokens = request.calibration_ids.shape
-        self._memory = plan_memory(self._survey.sizes, samples, tokens, request.engine, self._statistics)
-        self._batches = request.calibration_ids.split(self._memory.tokens_per_batch // tokens)
+        self._memory = self._plan_memory(outside_stays=False)
+        self._batches = request.calibration_ids.split(self._memory.tokens_per_batch // request.calibration_ids.shape[1])
         self._storage_dtype = _narrower(request.dtype, getattr(config, "dtype", None))
         self._model = build_skeleton(config, request.dtype)
         self._prefix, blocks = find_blocks(self._model)
@@ -188,6 +187,8 @@ class _Stream:
         self._keep_rest()
         with open_driver(self._model, self._blocks, self._batches[0][:1]) as driver:
             self._driver = driver
+            if driver.mode == "suspend":
+                self._memory = self._plan_memory(outside_stays=True)
             self._chains = {name: self._chain(name) for name in self._chain_names()}
             self._progress.begin("quantizing", len(self._options), "layers")
             if self._done:
@@ -247,6 +248,18 @@ class _Stream:
             seconds={part: round(value, 3) for part, value in seconds.items()},
             borrowed_s=round(self._borrowed_s, 3),
             memory=self._memory,
+        )
+
+    def _plan_memory(self, *, outside_stays: bool) -> MemoryPlan:
+        samples, tokens = self._request.calibration_ids.shape
+        return plan_memory(
+            self._survey.sizes,
+            samples,
+            tokens,
+            self._request.engine,
+            self._statistics,
+            calibrated=any(options.quantizer.info.needs for options in self._options.values()),
+            outside_stays=outside_stays,
         )
 
     def _collect_gradients(self) -> None:

@@ -1,6 +1,7 @@
 """One evaluation: perplexities, divergence from a float model, and tasks, of one model."""
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +11,16 @@ from typing import Any
 
 import torch
 
-from quantlab.calibration.tokens import load_tokenizer, window_length
+from quantlab.calibration.tokens import calibration_windows, load_tokenizer, window_length
+from quantlab.checkpoint.names import MANIFEST_NAME
+from quantlab.engine.forward import CheckpointParts, FloatParts
 from quantlab.engine.memory import RUNTIME_BYTES, ModelSizes
 from quantlab.engine.survey import survey_model
-from quantlab.errors import UsageError
+from quantlab.errors import DataError, UsageError
 from quantlab.evaluate.harness import TaskOptions, evaluate_tasks
+from quantlab.evaluate.layers import measure_layers
 from quantlab.evaluate.perplexity import TOKENS_PER_BATCH, in_memory, measure_any
-from quantlab.evaluate.protocols import Bos, WindowOptions, evaluation_windows, find_protocol
+from quantlab.evaluate.protocols import Bos, EvaluationWindows, WindowOptions, evaluation_windows, find_protocol
 from quantlab.evaluate.streamed import measure_streamed
 from quantlab.evaluate.subject import Subject
 from quantlab.memory import physical_bytes
@@ -41,6 +45,8 @@ class EvaluationOptions:
         bos: as in `WindowOptions`.
         num_windows: as in `WindowOptions`.
         tasks: for lm-eval; none of them if its `tasks` is empty.
+        layers: whether the errors of every quantized layer are measured, on the first of the `protocols` and on the
+            text that the run was calibrated on.
         samples_file: receives every question and answer, or None.
         dtype: what the models compute in, or None for what the model is stored in.
         memory_budget_bytes: memory that the evaluation may occupy, one block at a time; None for no limit.
@@ -52,6 +58,7 @@ class EvaluationOptions:
     stride: int | None = None
     bos: Bos | None = None
     num_windows: int | None = None
+    layers: bool = False
     samples_file: Path | None = None
     dtype: str | None = None
     memory_budget_bytes: int | None = None
@@ -70,7 +77,8 @@ def evaluate_subject(
 
     Returns:
         "perplexity" by protocol, as `measure` or `measure_pair` describes it; "tasks" and "lm_eval_version" if there
-        were any; "tokenizer_sha256"; and whether perplexities were "streamed".
+        were any; "layers" if asked for, as `evaluate_layers` describes it; "tokenizer_sha256"; and whether perplexities
+        were "streamed".
 
     Raises:
         QuantlabError: a model or text is missing, they do not fit together, or the memory does not suffice.
@@ -107,10 +115,72 @@ def evaluate_subject(
         loaded = [model] if reference is None or not corpora else [reference.load(dtype), model]
         forwards = [in_memory(each) for each in loaded]
         results["perplexity"] = {windows.protocol: measure_any(windows, forwards, progress) for windows in corpora}
+    if options.layers:
+        results["layers"] = evaluate_layers(subject, reference, corpora[0], options.num_windows, dtype, progress)
     if options.tasks.tasks:
         model = model or subject.load(dtype)
         results |= evaluate_tasks(model, tokenizer, options.tasks, progress, samples_file=options.samples_file)
     return results
+
+
+def evaluate_layers(
+    subject: Subject,
+    reference: Subject | None,
+    held_out: EvaluationWindows,
+    num_windows: int | None,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The errors of every quantized layer, on calibration text and on held-out text.
+
+    Args:
+        subject: a run.
+        reference: the float model that it started from.
+        held_out: what to measure on besides the calibration text; as many windows are taken of both.
+        num_windows: at most so many; None means all.
+        dtype: what the models compute in.
+        progress: is told about every block.
+
+    Returns:
+        "texts" by name, "calibration" and "held_out", each with its "source", "windows", "sequence_length" and
+        "token_sha256"; and "layers" as `measure_layers` describes them.
+
+    Raises:
+        UsageError: the subject is not a run.
+        DataError: the calibration text is not as it was.
+    """
+    if subject.source is None or reference is None:
+        raise UsageError(f"{subject.name} is not the folder of a run, so that its calibration text is not known")
+    manifest = json.loads((subject.folder.parent / MANIFEST_NAME).read_text(encoding="utf-8"))
+    asked = manifest["calibration"]
+    tokenizer = load_tokenizer(subject.folder)
+    calibration = calibration_windows(
+        tokenizer, asked["name"], asked["num_samples"], asked["sequence_length"], manifest["seed"]
+    )
+    if calibration.sha256 != asked["token_sha256"]:
+        raise DataError(
+            f"the text {asked['name']} has changed since {subject.name} was calibrated on it (the standard library "
+            "changes with the Python version), so that errors on calibration text cannot be measured"
+        )
+    count = min(len(calibration.ids), len(held_out.ids), num_windows or len(held_out.ids))
+    texts = {
+        "calibration": (calibration.source, calibration.ids[:count]),
+        "held_out": (held_out.protocol, held_out.ids[torch.arange(count) * len(held_out.ids) // count]),
+    }
+    float_parts, quantized_parts = FloatParts(reference.folder, dtype), CheckpointParts(subject.folder, dtype)
+    with tempfile.TemporaryDirectory(prefix="quantlab-") as work:
+        ids = {name: ids for name, (_, ids) in texts.items()}
+        layers = measure_layers(float_parts, quantized_parts, ids, Path(work), progress)
+    described = {
+        name: {
+            "source": source,
+            "windows": ids.shape[0],
+            "sequence_length": ids.shape[1],
+            "token_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+        }
+        for name, (source, ids) in texts.items()
+    }
+    return {"texts": described, "layers": layers}
 
 
 def must_stream(subjects: Sequence[Subject], dtype: torch.dtype, memory_budget_bytes: int | None) -> bool:
@@ -133,7 +203,7 @@ def streamed_bytes(sizes: Sequence[ModelSizes], tokens: int) -> int:
         tokens: of a batch.
     """
     outside = sum(size.outside_bytes for size in sizes)
-    inside = max(2 * size.block_bytes + size.batch_bytes(tokens) for size in sizes)
+    inside = max(2 * size.block_bytes + size.inside_bytes(tokens) for size in sizes)
     logits = LOGITS_COPIES * 4 * tokens * max(size.vocabulary for size in sizes)
     return RUNTIME_BYTES + outside + max(inside, logits)
 

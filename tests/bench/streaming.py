@@ -1,14 +1,14 @@
-"""Peak memory of the streaming engine on Llama-shaped checkpoints of random weights, method `rtn`.
+"""Memory and time of the streaming engine on Llama-shaped checkpoints of random weights, every linear layer quantized.
 
-    python tests/bench/streaming.py                          # the table: 1B, 7B and 70B shapes
-    python tests/bench/streaming.py 1b --blocks 16 --solve . # all of it
+    python tests/bench/streaming.py                        # the table: 1B, 7B and 70B shapes
+    python tests/bench/streaming.py 1b --blocks 16         # all of it
+    python tests/bench/streaming.py 7b --method gptq       # another method, NAME or NAME:PRESET
 
 A row is measured in a process of its own on some blocks of the shape. Blocks are streamed, so memory does not grow
 with their number; the size of the whole model is that of the measured blocks, extrapolated per block, and of the
-weights outside the blocks.
-
-Round-to-nearest is the cheapest method, but each layer is also measured against its Hessian in float64, which is most
-of the time at these widths. `--solve` names the layers to quantize; the others are streamed and written unchanged.
+weights outside the blocks. "expected" is the peak memory that `quantlab plan` states, "peak" the largest resident
+memory of the process. "overhead" is the share of the wall time outside forward passes and solving; solving includes
+measuring every layer against its Hessian. Methods are the heaviest that a benchmark has the time for.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -54,7 +54,8 @@ class Shape:
     blocks: int
     measured: int
     budget: str
-    solve: str
+    method: str
+    solve: str = ""
 
     def config(self, blocks: int) -> LlamaConfig:
         return LlamaConfig(
@@ -70,10 +71,10 @@ class Shape:
 
 
 SHAPES = {
-    "narrow": Shape(1024, 2816, 8, 2, 4096, 200, 200, "1GiB", r"layers\.(0|199)\.|k_proj"),
-    "1b": Shape(2048, 8192, 32, 8, 128256, 16, 2, "4GiB", "down_proj|k_proj"),
-    "7b": Shape(4096, 11008, 32, 32, 32000, 32, 1, "8GiB", "k_proj"),
-    "70b": Shape(8192, 28672, 64, 8, 128256, 80, 1, "24GiB", "k_proj"),
+    "narrow": Shape(1024, 2816, 8, 2, 4096, 200, 200, "1GiB", "rtn", r"layers\.(0|199)\.|k_proj"),
+    "1b": Shape(2048, 8192, 32, 8, 128256, 16, 2, "4GiB", "ganq"),
+    "7b": Shape(4096, 11008, 32, 32, 32000, 32, 1, "8GiB", "gptq"),
+    "70b": Shape(8192, 28672, 64, 8, 128256, 80, 1, "16GiB", "rtn"),
 }
 
 
@@ -104,51 +105,71 @@ def write_checkpoint(folder: Path, shape: Shape, blocks: int) -> int:
     return total
 
 
-def measure(source: Path, target: Path, budget: int, tokens: int, solve: str, *, enforced: bool) -> dict[str, float]:
+@dataclass(frozen=True)
+class Job:
+    """One measurement: the engine at work on the checkpoint in `folder`."""
+
+    folder: str
+    method: str
+    solve: str
+    budget: str
+    tokens: int
+    enforced: bool
+
+
+def measure(job: Job) -> dict[str, float]:
     """Stream a checkpoint in this process; with `enforced`, allocations beyond the budget fail."""
-    if enforced:
+    budget, folder = parse_size(job.budget), Path(job.folder)
+    if job.enforced:
         resource.setrlimit(resource.RLIMIT_DATA, (budget, budget))
-    options = SolveOptions(quantizer=configure("rtn", preset=None, options={}), spec=CodebookSpec(bits=4))
+    name, _, preset = job.method.partition(":")
+    quantizer = configure(name, preset=preset or None, options={})
+    options = SolveOptions(quantizer=quantizer, spec=CodebookSpec(bits=4))
     request = StreamRequest(
-        source=source,
-        calibration_ids=torch.randint(1000, (4, tokens // 4), generator=torch.Generator().manual_seed(0)),
+        source=folder / "source",
+        calibration_ids=torch.randint(1000, (4, job.tokens // 4), generator=torch.Generator().manual_seed(0)),
         dtype=torch.bfloat16,
-        options_of=lambda layer: options if re.search(solve, layer) else None,
+        options_of=lambda layer: options if re.search(job.solve, layer) else None,
         engine=EngineOptions(memory_budget_bytes=budget),
     )
+    target = folder / "target"
     target.mkdir()
     start = time.monotonic()
     with Journal.opened(target) as journal:
         writer = CheckpointWriter(target / "model")
         result = quantize_model(request, writer, journal, target / "work", NoProgress())
+    wall = time.monotonic() - start
     return {
-        "seconds": time.monotonic() - start,
+        "seconds": wall,
+        "overhead": 1 - (result.seconds["forward"] + result.seconds["solve"]) / wall,
         "peak_bytes": peak_rss_bytes(),
         "expected_bytes": result.memory.peak_bytes,
         **{f"{part}_s": result.seconds[part] for part in PARTS},
     }
 
 
-def measure_apart(name: str, blocks: int, budget: str, tokens: int, solve: str, *, enforced: bool) -> dict[str, float]:
-    """Write a checkpoint and measure it in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "source"
-        source.mkdir()
-        total = write_checkpoint(source, SHAPES[name], blocks)
-        arguments = ["--measure", folder, "--budget", budget, "--tokens", str(tokens), "--solve", solve]
-        command = [sys.executable, __file__, *arguments, *(["--enforced"] if enforced else [])]
-        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+def measure_apart(name: str, blocks: int, job: Job) -> dict[str, float]:
+    """Write a checkpoint into the folder of the job and measure it in a process of its own."""
+    source = Path(job.folder) / "source"
+    source.mkdir()
+    total = write_checkpoint(source, SHAPES[name], blocks)
+    command = [sys.executable, __file__, "--measure", json.dumps(asdict(job))]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     measured: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
-    return {"blocks": blocks, "source_bytes": total, "budget_bytes": parse_size(budget), **measured}
+    return {"blocks": blocks, "source_bytes": total, "budget_bytes": parse_size(job.budget), **measured}
 
 
-def table_row(name: str, result: dict[str, float]) -> str:
+def table_row(name: str, method: str, result: dict[str, float]) -> str:
     shape, blocks = SHAPES[name], result["blocks"]
     outside = 2 * 2 * shape.hidden * shape.vocabulary
     whole = outside + (result["source_bytes"] - outside) / blocks * shape.blocks
     sizes = (result["source_bytes"], whole, result["budget_bytes"], result["expected_bytes"], result["peak_bytes"])
-    parts = ", ".join(f"{part} {result[f'{part}_s']:.1f}" for part in PARTS)
-    return f"{name:7}{blocks:3}/{shape.blocks:<4}" + "".join(f"{size / GIB:10.2f}" for size in sizes) + f"   {parts}"
+    parts = "".join(f"{result[f'{part}_s']:11.1f}" for part in PARTS)
+    return (
+        f"{name:7}{method:12}{blocks:3.0f}/{shape.blocks:<4}"
+        + "".join(f"{size / GIB:9.2f}" for size in sizes)
+        + f"{result['seconds']:9.1f}{parts}{result['overhead']:10.1%}"
+    )
 
 
 def main() -> None:
@@ -157,29 +178,33 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="blocks to measure")
     parser.add_argument("--budget", help="memory budget, such as 4GiB")
     parser.add_argument("--tokens", type=int, default=2048, help="calibration tokens")
-    parser.add_argument("--solve", help="pattern of the layers to quantize")
+    parser.add_argument("--method", help="NAME or NAME:PRESET")
+    parser.add_argument("--solve", help="pattern of the layers to quantize; the others are written unchanged")
     parser.add_argument("--enforced", action="store_true", help="let allocations beyond the budget fail")
     parser.add_argument("--json", action="store_true", help="print one JSON object per shape")
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        source, target = options.measure / "source", options.measure / "target"
-        budget = parse_size(options.budget)
-        print(json.dumps(measure(source, target, budget, options.tokens, options.solve, enforced=options.enforced)))
+        print(json.dumps(measure(Job(**json.loads(options.measure)))))
         return
     if not options.json:
-        print("shape   blocks    measured     whole    budget  expected      peak   GiB; where the time goes, s")
+        print(f"{'':26}GiB{'':43}seconds")
+        titles = ("measured", "whole", "budget", "expected", "peak")
+        heading = "".join(f"{title:>9}" for title in titles) + f"{'wall':>9}" + "".join(f"{part:>11}" for part in PARTS)
+        print(f"{'shape':7}{'method':12}{'blocks':8}{heading}{'overhead':>10}")
     for name in options.shapes:
         shape = SHAPES[name]
-        result = measure_apart(
-            name,
-            options.blocks or shape.measured,
-            options.budget or shape.budget,
-            options.tokens,
-            options.solve or shape.solve,
-            enforced=options.enforced,
-        )
-        print(json.dumps(result) if options.json else table_row(name, result), flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            job = Job(
+                folder=folder,
+                method=options.method or shape.method,
+                solve=options.solve or shape.solve,
+                budget=options.budget or shape.budget,
+                tokens=options.tokens,
+                enforced=options.enforced,
+            )
+            result = measure_apart(name, options.blocks or shape.measured, job)
+        print(json.dumps(result) if options.json else table_row(name, job.method, result), flush=True)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,27 @@ def test_results_go_to_a_file(run_folder, tmp_path):
     assert len(results["tokenizer_sha256"]) == 64
 
 
+def test_layer_errors_are_shown_and_kept_in_the_folder_of_the_run(run_folder, capsys):
+    before = json.loads((run_folder / "eval.json").read_text())
+    assert invoke(["eval", str(run_folder), *TINY, "--layers"]) == 0
+    assert "layer errors  (1 windows of 32 tokens of stdlib (calibration), 1 windows of 64" in capsys.readouterr().out
+    kept = json.loads((run_folder / "eval.json").read_text())
+    layers = kept.pop("layers")
+    assert kept == before
+    manifest = json.loads((run_folder / "manifest.json").read_text())
+    assert [layer["name"] for layer in layers["layers"]] == [layer["name"] for layer in manifest["layers"]]
+    for layer, solved in zip(layers["layers"], manifest["layers"], strict=True):
+        assert layer["calibration"]["error"] == pytest.approx(layer["calibration"]["rtn_error"], rel=0.02)
+        if solved["name"].endswith(("layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj")):  # nothing before them
+            assert layer["calibration"]["error"] == pytest.approx(solved["relative_loss"], rel=1e-3)
+            assert layer["calibration"]["accumulated"] == pytest.approx(layer["calibration"]["error"], rel=1e-3)
+
+
+def test_layer_errors_of_a_checkpoint_without_its_run_are_refused(run_folder, capsys):
+    assert invoke(["eval", str(run_folder / "model"), "--against", "demo", *TINY, "--layers"]) == 2
+    assert "is not the folder of a run" in capsys.readouterr().err
+
+
 def test_models_with_different_tokenizers_are_not_compared(run_folder, tmp_path, capsys):
     from shutil import copytree
 

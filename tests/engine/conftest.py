@@ -4,12 +4,14 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DbrxConfig,
     DeepseekV3Config,
     Gemma3TextConfig,
     GPT2Config,
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
+    LongcatFlashConfig,
     MixtralConfig,
     OPTConfig,
     Qwen3Config,
@@ -70,6 +72,34 @@ CONFIGS = {
         first_k_dense_replace=1,
         n_group=1,
         topk_group=1,
+    ),
+    # Matrices of all experts joined, and the routers' inputs are not flattened.
+    "dbrx": lambda: DbrxConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        n_heads=4,
+        n_layers=3,
+        max_seq_len=64,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        ffn_config={"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    ),
+    # Two of six experts return their input; two attentions and two dense layers beside the experts.
+    "longcat_flash": lambda: LongcatFlashConfig(
+        **COMMON,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_layers=2,
+        num_attention_heads=4,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        zero_expert_num=2,
+        moe_topk=2,
+        expert_ffn_hidden_size=24,
     ),
 }
 

@@ -10,10 +10,13 @@ from quantlab.errors import ModelError
 from quantlab.experts import UnfusedExperts, all_tokens_for, expert_groups, fused_experts, unfuse
 from quantlab.skeleton import build_skeleton, find_blocks
 
-MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text"]
+MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "dbrx", "longcat_flash"]
+NO_INTERFACE = {"llama4_text", "dbrx", "longcat_flash"}
 EXPERTS = {name: [f"model.layers.{index}.mlp.experts" for index in range(3)] for name in MIXTURES}
 EXPERTS["deepseek_v3"].pop(0)  # its first block is dense
 EXPERTS["llama4_text"] = [f"model.layers.{index}.feed_forward.experts" for index in range(3)]
+EXPERTS["dbrx"] = [f"transformer.blocks.{index}.ffn.experts" for index in range(3)]
+EXPERTS["longcat_flash"].pop()
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -40,7 +43,7 @@ def mixtral(make_model):
 @pytest.mark.parametrize("name", MIXTURES)
 def test_separate_experts_compute_what_the_fused_ones_do(make_model, token_ids, name):
     model = make_model(name)
-    if name != "llama4_text":
+    if name not in NO_INTERFACE:
         model.set_experts_implementation("eager")
     expected = model(input_ids=token_ids, use_cache=False).logits
     assert fused_experts(model) == EXPERTS[name]
@@ -56,11 +59,12 @@ def test_every_weight_of_a_fused_expert_is_in_a_linear_layer(make_model, name):
     model = make_model(name)
     weights = {id(parameter): parameter.numel() for parameter in model.parameters()}
     unfuse(model, fused_experts(model))
-    assert sum(parameter.numel() for parameter in model.parameters()) == sum(weights.values())
+    unused = 2 * 2 * 2 * 24 * 32 if name == "longcat_flash" else 0  # of the experts that return their input
+    assert sum(parameter.numel() for parameter in model.parameters()) == sum(weights.values()) - unused
     for experts in EXPERTS[name]:
         linears = find_linears(model.get_submodule(experts))
         assert set(linears) == {f"{index}.{layer}_proj" for index in range(4) for layer in ("gate", "up", "down")}
-        width = 24 if name in ("qwen3_moe", "deepseek_v3") else 64
+        width = 24 if name in ("qwen3_moe", "deepseek_v3", "longcat_flash") else 64
         assert {tuple(linear.weight.shape) for linear in linears.values()} == {(width, 32), (32, width)}
         assert all(linear.weight.is_contiguous() for linear in linears.values())
         assert all((linear.bias is not None) == (name == "gpt_oss") for linear in linears.values())
@@ -167,6 +171,19 @@ def test_experts_with_sorted_inputs_see_their_own_tokens_or_those_of_all(make_mo
     assert torch.equal(seen["3.up_proj"], torch.cat((copies[0, :2], copies[1, 2:])))
     assert len(seen["1.down_proj"]) == 5
     assert len(seen["0.down_proj"]) == 2
+
+
+def test_experts_without_weights_return_their_input(make_model):
+    model = make_model("longcat_flash")
+    unfuse(model, fused_experts(model))
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    states, routing, weights = torch.randn(2, 3, 32), torch.tensor([[4, 0], [5, 4], [1, 2]] * 2), torch.rand(6, 2)
+    actual = experts(states, routing, weights).view(6, 32)
+    both = weights.sum(dim=1, keepdim=True) * states.view(6, 32)
+    torch.testing.assert_close(actual[[1, 4]], both[[1, 4]])
+    alone = experts(states, routing, weights.where(routing < 4, 0.0)).view(6, 32)
+    torch.testing.assert_close(actual[0] - alone[0], weights[0, 0] * states.view(6, 32)[0])
+    assert torch.equal(actual[2], alone[2])
 
 
 def test_half_precision_outputs_are_added_up_in_float32(mixtral):

@@ -17,7 +17,15 @@ from quantlab.engine.stream import StreamRequest, quantize_model
 from quantlab.progress import NoProgress
 from quantlab.solvers.grid import round_to_nearest
 
-BLOCKS_WITH_EXPERTS = {"mixtral": 3, "qwen3_moe": 3, "gpt_oss": 3, "deepseek_v3": 2, "llama4_text": 3}
+BLOCKS_WITH_EXPERTS = {
+    "mixtral": 3,
+    "qwen3_moe": 3,
+    "gpt_oss": 3,
+    "deepseek_v3": 2,
+    "llama4_text": 3,
+    "dbrx": 3,
+    "longcat_flash": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -56,5 +64,6 @@ def test_a_mixture_of_experts_is_quantized_and_loads_back_bit_for_bit(model_fold
     assert len(experts) == BLOCKS_WITH_EXPERTS[architecture] * 4 * 3
     down = [layer for layer in experts if layer.name.endswith("down_proj")]
     routed = sum(layer.diagnostics.get("routed_tokens", layer.num_tokens) for layer in down)
-    assert routed == BLOCKS_WITH_EXPERTS[architecture] * 2 * token_ids.numel()  # two experts per token
-    assert not any(layer.name.endswith(("mlp.gate", "mlp.router", "feed_forward.router")) for layer in result.layers)
+    picks = BLOCKS_WITH_EXPERTS[architecture] * 2 * token_ids.numel()  # two experts per token
+    assert routed == picks if architecture != "longcat_flash" else 0 < routed < picks  # some return their input
+    assert not any(".router" in layer.name or layer.name.endswith("mlp.gate") for layer in result.layers)

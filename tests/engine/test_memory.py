@@ -82,6 +82,35 @@ def test_a_second_chain_and_saliency_are_counted():
     assert plan(64, saliency_groups=4).parts["statistics"] == 4 * plan(64).parts["statistics"] == 4 * 4 * 11008**2
 
 
+def test_the_peak_is_that_of_the_largest_phase():
+    parts = plan(64).parts
+    solving = 1.5 * parts["block"] + parts["statistics"] + parts["solver"] + parts["layers"] + parts["rows"]
+    assert plan(64).peak_bytes == parts["runtime"] + parts["hidden states"] + solving
+    wide = dataclasses.replace(SEVEN, outside_bytes=8 * GIB)
+    assert plan(64, sizes=wide).peak_bytes == 8 * GIB + sum(
+        parts[name] for name in ("runtime", "hidden states", "block")
+    )
+    many = dataclasses.replace(SEVEN, vocabulary=1 << 20)
+    assert plan(64, sizes=many).peak_bytes == sum(
+        plan(64, sizes=many).parts[name] for name in ("runtime", "hidden states", "outside", "logits")
+    )
+
+
+def test_weights_outside_the_blocks_that_stay_are_counted_while_solving():
+    engine = EngineOptions(memory_budget_bytes=8 * GIB)
+    left, kept = (
+        plan_memory(SEVEN, SAMPLES, LENGTH, engine, StatisticsOptions(), outside_stays=stays) for stays in (False, True)
+    )
+    assert kept.peak_bytes - left.peak_bytes == SEVEN.outside_bytes
+
+
+def test_a_method_without_statistics_needs_no_matrices_beside_the_hessian():
+    engine = EngineOptions()
+    memory = plan_memory(SEVEN, SAMPLES, LENGTH, engine, StatisticsOptions(), calibrated=False)
+    assert memory.parts["solver"] == 0
+    assert memory.parts["statistics"] == plan().parts["statistics"]
+
+
 def test_experts_share_what_is_left():
     mixture = dataclasses.replace(SEVEN, expert_groups=2 * 64)
     assert plan(64).statistics_bytes == plan(64).parts["statistics"]
