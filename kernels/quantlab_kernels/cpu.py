@@ -15,6 +15,7 @@ on the size of the batch.
 """
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ def tile(packed_codes: Tensor, in_features: int) -> Tensor:
     library = _library()
     bits, out_features = packed_codes.shape[:2]
     matrix = (out_features, in_features, bits)
-    tiles = torch.empty(library.quantlab_lut_tile_words(*matrix), dtype=torch.int32)
+    tiles = torch.empty(_tile_words(*matrix), dtype=torch.int32)
     packed_codes = packed_codes.contiguous()
     library.quantlab_lut_tile(packed_codes.data_ptr(), tiles.data_ptr(), *matrix, torch.get_num_threads())
     return tiles
@@ -166,8 +167,8 @@ def lut_matmul_prepared(
         return reference.lut_matmul(x, planes, codebook, bias, *outliers, zero)
     check_codebook(codebook, zero, in_features, out_features, 2**bits)
     library = _library()
-    words = library.quantlab_lut_tile_words(out_features, in_features, bits)
-    if codes.dtype != torch.int32 or tuple(codes.shape) != (words,) or not codes.is_contiguous():
+    words = _tile_words(out_features, in_features, bits)
+    if codes.dtype != torch.int32 or codes.shape != (words,) or not codes.is_contiguous():
         raise ValueError(f"codes are {codes.dtype} of shape {tuple(codes.shape)}; expected tiles: int32 ({words},)")
     return _multiply(library, True, x, codes, bits, out_features, codebook, zero, bias, *outliers)
 
@@ -251,6 +252,12 @@ def _address(operand: Tensor | None) -> int | None:
 def _as_stored(values: Tensor) -> Tensor:
     """In a type that the library reads."""
     return (values if values.dtype in _STORED_TYPES else values.float()).contiguous()
+
+
+@functools.cache
+def _tile_words(out_features: int, in_features: int, bits: int) -> int:
+    words: int = _library().quantlab_lut_tile_words(out_features, in_features, bits)
+    return words
 
 
 def _library() -> ctypes.CDLL:

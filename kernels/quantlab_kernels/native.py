@@ -71,10 +71,11 @@ class NativeLibrary:
         """
         if not native_kernels_wanted():
             return None
-        with self._lock:
-            if not self._tried:
-                self._tried = True
-                self._load()
+        if not self._tried:
+            with self._lock:
+                if not self._tried:
+                    self._load()
+                    self._tried = True
         return self._library
 
     @property

@@ -16,7 +16,14 @@ using Words = __m512i;
 constexpr int LANES = 16;
 constexpr int HALVES = 1;  // registers that a vector of codes takes
 
-inline Words load_words(const uint32_t* words) { return _mm512_loadu_si512(words); }
+// Without the assembly the compiler reads the words once more for every field. While their line is still on its way
+// from memory, each of these reads waits for it.
+inline Words load_words(const uint32_t* words) {
+    Words loaded = _mm512_loadu_si512(words);
+    asm("" : "+v"(loaded));
+    return loaded;
+}
+
 inline Words shift_right(Words words, int count) { return _mm512_srli_epi32(words, unsigned(count)); }
 
 // The sixteenth field of 3-bit codes from the highest bits of three vectors.

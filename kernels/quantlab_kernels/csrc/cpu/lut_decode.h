@@ -44,27 +44,32 @@ struct Order {
     }
 };
 
-template <int BITS>
-struct Codes {
-    Words vectors[Block<BITS>::VECTORS];
-    Words last_field;  // with 3 bits
+// Whether the code of the field is scattered over all vectors of a block.
+constexpr bool is_scattered(int bits, int field) { return bits == 3 && field == 15; }
 
-    QUANTLAB_INLINE void load(const uint32_t* block, int half) {
+// Load the words with the codes of a field, unless they are those of the field before.
+template <int BITS, int FIELD, int ROWS>
+QUANTLAB_INLINE void load_field(const uint32_t* part, Words (&codes)[ROWS]) {
+    constexpr Place at = place<BITS>(FIELD, 0);
+    if constexpr (is_scattered(BITS, FIELD)) {
+        // Read again from the first cache: words of all vectors and rows do not fit in the registers, and without the
+        // assembly the compiler would try.
+        asm("" : "+r"(part));
 #pragma GCC unroll 8
-        for (int vector = 0; vector < Block<BITS>::VECTORS; ++vector)
-            vectors[vector] = load_words(block + vector * VECTOR_WORDS + half * LANES);
-        if constexpr (BITS == 3) last_field = collect_high_bits(vectors[0], vectors[1], vectors[2]);
+        for (int r = 0; r < ROWS; ++r, part += Block<BITS>::WORDS)
+            codes[r] = collect_high_bits(load_words(part), load_words(part + VECTOR_WORDS),
+                                         load_words(part + 2 * VECTOR_WORDS));
+    } else if constexpr (FIELD == 0 || at.vector != place<BITS>(FIELD - 1, 0).vector) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) codes[r] = load_words(part + r * Block<BITS>::WORDS + at.vector * VECTOR_WORDS);
     }
-};
+}
 
 template <class P, int BITS, int VECTOR>
-QUANTLAB_INLINE typename P::Vector decode(const typename P::template Table<BITS>& table, const Codes<BITS>& codes) {
+QUANTLAB_INLINE typename P::Vector decode(const typename P::template Table<BITS>& table, Words codes) {
     constexpr int field = Order<P, BITS>::slice(VECTOR), upper = 16 * Order<P, BITS>::upper(VECTOR);
-    if constexpr (BITS == 3 && field == 15) return P::template look_up<BITS>(table, codes.last_field, upper);
-    else {
-        constexpr Place at = place<BITS>(field, 0);
-        return P::template look_up<BITS>(table, codes.vectors[at.vector], at.shift + upper);
-    }
+    constexpr int shift = is_scattered(BITS, field) ? 0 : place<BITS>(field, 0).shift;
+    return P::template look_up<BITS>(table, codes, shift + upper);
 }
 
 inline float stored_scalar(const void* values, int64_t index, int32_t type) {
@@ -94,11 +99,10 @@ QUANTLAB_INLINE typename P::template Table<BITS> make_table(const LutMatmul& op,
 // All codebooks of one tile row: (groups, rows of the tile). Rows of padding repeat the last one.
 template <class P, int BITS>
 void make_tables(const LutMatmul& op, int64_t first_row, typename P::template Table<BITS>* tables) {
-    constexpr int ROWS = Block<BITS>::ROWS;
-    for (int64_t r = 0; r < ROWS; ++r) {
+    for (int64_t r = 0; r < TILE_ROWS; ++r) {
         const int64_t row = std::min(first_row + r, op.out_features - 1);
         for (int64_t group = 0; group < op.groups; ++group)
-            tables[group * ROWS + r] = make_table<P, BITS>(op, row, group);
+            tables[group * TILE_ROWS + r] = make_table<P, BITS>(op, row, group);
     }
 }
 
@@ -114,21 +118,22 @@ QUANTLAB_INLINE void visit(const LutMatmul& op, const typename P::template Table
     using B = Block<BITS>;
     using O = Order<P, BITS>;
     const int64_t slices_per_group = op.in_features / op.groups / SLICE;
-    const auto* const last_group = tables + (op.groups - 1) * Block<BITS>::ROWS;
+    const auto* const last_group = tables + (op.groups - 1) * TILE_ROWS;
     int64_t next_slice = slices_per_group;
     if constexpr (GROUPED) {
         const int64_t group = std::min(blocks.first * B::SLICES / slices_per_group, op.groups - 1);
         next_slice += group * slices_per_group;
-        tables += group * B::ROWS;
+        tables += group * TILE_ROWS;
     }
     typename P::template Table<BITS> current[ROWS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) current[r] = tables[from + r];
-    const uint32_t* block = tile_row + (blocks.first * B::ROWS + from) * B::WORDS;
-    for (int64_t index = blocks.first; index < blocks.last; ++index, block += Block<BITS>::ROWS * B::WORDS) {
+    const uint32_t* block = tile_row + (blocks.first * TILE_ROWS + from) * B::WORDS;
+    for (int64_t index = blocks.first; index < blocks.last; ++index, block += TILE_ROWS * B::WORDS) {
+        if (from == 0)  // for all rows: whoever decodes the others comes next
 #pragma GCC unroll 8
-        for (int line = 0; line < ROWS * B::VECTORS; ++line)
-            _mm_prefetch(reinterpret_cast<const char*>(block + PREFETCH_WORDS + line * VECTOR_WORDS), _MM_HINT_T0);
+            for (int line = 0; line < TILE_ROWS * B::VECTORS; ++line)
+                _mm_prefetch(reinterpret_cast<const char*>(block + PREFETCH_WORDS + line * VECTOR_WORDS), _MM_HINT_T0);
         const auto* const first_group = tables;
         const int64_t first_next = next_slice;
         for (int half = 0; half < HALVES; ++half) {
@@ -136,14 +141,14 @@ QUANTLAB_INLINE void visit(const LutMatmul& op, const typename P::template Table
                 tables = first_group;
                 next_slice = first_next;
             }
-            Codes<BITS> codes[ROWS];
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; ++r) codes[r].load(block + r * B::WORDS, half);
+            Words codes[ROWS];
             unrolled<O::VECTORS>([&](auto constant) __attribute__((always_inline)) {
                 constexpr int vector = decltype(constant)::value;
+                if constexpr (O::upper(vector) == 0)
+                    load_field<BITS, O::slice(vector)>(block + half * LANES, codes);
                 if constexpr (GROUPED && O::upper(vector) == 0) {
                     if (index * B::SLICES + O::slice(vector) == next_slice && tables != last_group) {
-                        tables += Block<BITS>::ROWS;
+                        tables += TILE_ROWS;
                         next_slice += slices_per_group;
                     }
 #pragma GCC unroll 8

@@ -37,7 +37,6 @@ void add_outliers(const LutMatmul& op, int64_t row, uint16_t* weight) {
 
 template <int BITS, bool GROUPED>
 int32_t dequantize(const LutMatmul& op, int64_t first_row, int64_t rows, uint16_t* weight) {
-    constexpr int TILE_ROWS = Block<BITS>::ROWS;
     const Range all{0, divide_up(op.in_features, Block<BITS>::COLUMNS)};
     bool enough_memory = true;
 #pragma omp parallel num_threads(op.threads) reduction(&& : enough_memory)

@@ -2,8 +2,8 @@
 //
 // Every output is one sum over the columns in a fixed order, in LANES partial sums that are added at the end. The
 // order depends neither on the batch nor on the number of threads, so a sample has the same result, bit for bit,
-// alone and among others. One or two samples take each weight from the codes to the product in registers; more
-// share a panel of decoded weights.
+// alone and among others. A few samples take each weight from the codes to the product in registers; more share a
+// panel of decoded weights.
 //
 // x is repacked once per call into the order of the codes, in batches of up to PANEL_SAMPLES: vectors of VALUES
 // numbers, each for all samples of the batch, padded with zeros. What padding codes select thus meets zeros.
@@ -22,11 +22,15 @@
 namespace {
 
 constexpr bool WIDE = LANES == 16;
-constexpr int PANEL_ROWS = 4;
+constexpr int DIRECT_SAMPLES = WIDE ? 4 : 2;
+constexpr int PANEL_ROWS = 4;                     // of a panel that are multiplied at once
 constexpr int PANEL_SAMPLES = WIDE ? 6 : 3;       // PANEL_ROWS * PANEL_SAMPLES sums fit in the registers
 constexpr int64_t PACKED_BYTES = 1 << 20;         // of x at once: what a core can keep close
 constexpr int64_t PRODUCTS_PER_THREAD = 1 << 19;  // below, waking a thread costs more than it brings
 constexpr int64_t PANEL_BYTES = 16 << 10;         // of decoded weights at once: half of the first cache
+
+// How many rows multiply their codes with so many samples at once: as many as registers hold the sums of.
+constexpr int direct_rows(int samples) { return WIDE ? (samples <= 2 ? 8 : 4) : 4 / samples; }
 
 // Multiplies with the samples of a packed batch.
 template <class P, int ROWS, int SAMPLES>
@@ -91,6 +95,15 @@ struct Batch {
     int64_t offset;  // of its values in the packed buffer
 };
 
+// body(width of the batch) with a compile-time argument.
+template <int MOST, class Body>
+void with_width(const Batch& batch, Body&& body) {
+    unrolled<MOST>([&](auto constant) {
+        constexpr auto width = std::integral_constant<int, constant() + 1>();
+        if (batch.width == width()) body(width);
+    });
+}
+
 template <class P, int BITS>
 void pack_vectors(const LutMatmul& op, const Batch& batch, int64_t block, typename P::Value* packed) {
     using B = Block<BITS>;
@@ -121,10 +134,10 @@ template <int BITS>
 float exact_sum(const LutMatmul& op, int64_t row, int64_t sample) {
     using B = Block<BITS>;
     const int64_t blocks = divide_up(op.in_features, B::COLUMNS), group_size = op.in_features / op.groups;
-    const uint32_t* codes = op.codes + (row / B::ROWS * blocks * B::ROWS + row % B::ROWS) * B::WORDS;
+    const uint32_t* codes = op.codes + (row / TILE_ROWS * blocks * TILE_ROWS + row % TILE_ROWS) * B::WORDS;
     float sum = 0;
     for (int64_t column = 0; column < op.in_features; ++column) {
-        const uint32_t* block = codes + column / B::COLUMNS * B::ROWS * B::WORDS;
+        const uint32_t* block = codes + column / B::COLUMNS * TILE_ROWS * B::WORDS;
         const int lane = int(column % SLICE), field = int(column % B::COLUMNS / SLICE);
         int code = 0;
         for (int bit = 0; bit < BITS; ++bit) {
@@ -157,27 +170,28 @@ QUANTLAB_INLINE void finish_all(const LutMatmul& op, const Batch& batch, int64_t
         for (int s = 0; s < SAMPLES; ++s) finish<BITS>(op, row + r, batch.first_sample + s, results[r][s]);
 }
 
-template <class P, int BITS, bool GROUPED, int ROWS, int SAMPLES>
+template <class P, int BITS, bool GROUPED, int SAMPLES>
 void direct(const LutMatmul& op, int64_t first_row, const typename P::template Table<BITS>* tables,
             const uint32_t* tile_row, const Batch& batch, const typename P::Value* packed) {
+    constexpr int ROWS = direct_rows(SAMPLES);
     const Range all{0, divide_up(op.in_features, Block<BITS>::COLUMNS)};
-    for (int from = 0; from < Block<BITS>::ROWS; from += ROWS) {
+    for (int from = 0; from < TILE_ROWS; from += ROWS) {
         Multiply<P, ROWS, SAMPLES> product(packed + batch.offset);
         visit<P, BITS, GROUPED, ROWS>(op, tables, tile_row, from, all, product);
         finish_all<BITS>(op, batch, first_row + from, product.sums);
     }
 }
 
-// Goes on with `sums` where the panel before ended.
+// `panel` points at the first of PANEL_ROWS rows of a panel. Goes on with `sums` where the panel before ended.
 template <class P, int SAMPLES>
 void multiply_panel(const Batch& batch, int64_t first_vector, int64_t last_vector, const typename P::Value* panel,
                     const typename P::Value* packed, Floats* sums) {
     Multiply<P, PANEL_ROWS, SAMPLES> product(packed + batch.offset);
     if (first_vector > 0) product.resume(sums);
-    for (int64_t vector = first_vector; vector < last_vector; ++vector) {
+    for (int64_t vector = first_vector; vector < last_vector; ++vector, panel += TILE_ROWS * P::VALUES) {
         product.fetch(vector);
 #pragma GCC unroll 8
-        for (int r = 0; r < PANEL_ROWS; ++r, panel += P::VALUES) product.take(r, P::load(panel));
+        for (int r = 0; r < PANEL_ROWS; ++r) product.take(r, P::load(panel + r * P::VALUES));
     }
     product.save(sums);
 }
@@ -192,11 +206,11 @@ struct Pass {
     int count;
     Value* packed;
     int64_t blocks = divide_up(op.in_features, Block<BITS>::COLUMNS);
-    int64_t panel_blocks = PANEL_BYTES / int64_t(sizeof(Value)) / PANEL_ROWS / Block<BITS>::COLUMNS;
-    static constexpr int64_t SUMS = PANEL_ROWS * PANEL_SAMPLES;  // vectors of them per batch
+    int64_t panel_blocks = PANEL_BYTES / int64_t(sizeof(Value)) / TILE_ROWS / Block<BITS>::COLUMNS;
+    static constexpr int64_t SUMS = TILE_ROWS * PANEL_SAMPLES;  // vectors of them per batch
 
     bool run(int threads) const {
-        const int64_t tile_rows = divide_up(op.out_features, Block<BITS>::ROWS);
+        const int64_t tile_rows = divide_up(op.out_features, TILE_ROWS);
         bool enough_memory = true;
 #pragma omp parallel num_threads(threads) reduction(&& : enough_memory)
         {
@@ -204,57 +218,50 @@ struct Pass {
             for (int batch = 0; batch < count; ++batch)
                 for (int64_t block = 0; block < blocks; ++block)
                     pack_vectors<P, BITS>(op, batches[batch], block, packed);
-            const auto panel = aligned_array<Value>(PANEL_ROWS * panel_blocks * Block<BITS>::COLUMNS);
+            const auto panel = aligned_array<Value>(TILE_ROWS * panel_blocks * Block<BITS>::COLUMNS);
             const auto sums = aligned_array<Floats>(is_direct() ? 0 : count * SUMS);
-            const auto tables = aligned_array<Table>(Block<BITS>::ROWS * op.groups);
+            const auto tables = aligned_array<Table>(TILE_ROWS * op.groups);
             enough_memory = panel && sums && tables;
 #pragma omp for schedule(static)
             for (int64_t tile_row = 0; tile_row < tile_rows; ++tile_row) {
                 if (!enough_memory) continue;
-                make_tables<P, BITS>(op, tile_row * Block<BITS>::ROWS, tables.get());
-                tile(tile_row * Block<BITS>::ROWS, tables.get(), panel.get(), sums.get());
+                make_tables<P, BITS>(op, tile_row * TILE_ROWS, tables.get());
+                tile(tile_row * TILE_ROWS, tables.get(), panel.get(), sums.get());
             }
         }
         return enough_memory;
     }
 
-    bool is_direct() const { return count == 1 && batches[0].width <= 2; }
+    bool is_direct() const { return count == 1 && batches[0].width <= DIRECT_SAMPLES; }
 
     void tile(int64_t row, const Table* tables, Value* panel, Floats* sums) const {
-        constexpr int ONE = WIDE && BITS != 3 ? 8 : 4, TWO = WIDE ? (GROUPED || BITS == 3 ? 4 : 8) : 2;
         const uint32_t* codes = op.codes + row * blocks * Block<BITS>::WORDS;
-        if (is_direct() && batches[0].width == 1) {
-            direct<P, BITS, GROUPED, ONE, 1>(op, row, tables, codes, batches[0], packed);
-        } else if (is_direct()) {
-            direct<P, BITS, GROUPED, TWO, 2>(op, row, tables, codes, batches[0], packed);
-        } else {
-            for (int from = 0; from < Block<BITS>::ROWS; from += PANEL_ROWS)
-                tile_panels(row + from, from, tables, codes, panel, sums);
+        if (is_direct()) {
+            with_width<DIRECT_SAMPLES>(batches[0], [&](auto width) {
+                direct<P, BITS, GROUPED, width()>(op, row, tables, codes, batches[0], packed);
+            });
+            return;
         }
-    }
-
-    void tile_panels(int64_t row, int from, const Table* tables, const uint32_t* codes, Value* panel,
-                     Floats* sums) const {
-        constexpr auto widths = std::make_integer_sequence<int, PANEL_SAMPLES>();
         for (Range range{0, 0}; range.first < blocks; range.first = range.last) {
             range.last = std::min(range.first + panel_blocks, blocks);
             Write<P> write{panel};
-            visit<P, BITS, GROUPED, PANEL_ROWS>(op, tables, codes, from, range, write);
-            for (int index = 0; index < count; ++index)
-                multiply(batches[index], range, panel, sums + index * SUMS, widths);
+            visit<P, BITS, GROUPED, TILE_ROWS>(op, tables, codes, 0, range, write);
+            for (int from = 0; from < TILE_ROWS; from += PANEL_ROWS)
+                for (int index = 0; index < count; ++index)
+                    multiply(batches[index], range, panel + from * P::VALUES, sums_of(sums, index, from));
         }
-        for (int index = 0; index < count; ++index) finish_panel(batches[index], row, sums + index * SUMS);
+        for (int from = 0; from < TILE_ROWS; from += PANEL_ROWS)
+            for (int index = 0; index < count; ++index)
+                finish_panel(batches[index], row + from, sums_of(sums, index, from));
     }
 
-    template <int... INDICES>
-    void multiply(const Batch& batch, Range range, const Value* panel, Floats* sums,
-                  std::integer_sequence<int, INDICES...>) const {
+    static Floats* sums_of(Floats* sums, int batch, int from) { return sums + batch * SUMS + from * PANEL_SAMPLES; }
+
+    void multiply(const Batch& batch, Range range, const Value* panel, Floats* sums) const {
         constexpr int64_t PER_BLOCK = HALVES * Order<P, BITS>::VECTORS;
         const int64_t first = range.first * PER_BLOCK, last = range.last * PER_BLOCK;
-        const auto multiply_if = [&](auto width) {
-            if (batch.width == width()) multiply_panel<P, width()>(batch, first, last, panel, packed, sums);
-        };
-        (multiply_if(std::integral_constant<int, INDICES + 1>()), ...);
+        with_width<PANEL_SAMPLES>(
+            batch, [&](auto width) { multiply_panel<P, width()>(batch, first, last, panel, packed, sums); });
     }
 
     void finish_panel(const Batch& batch, int64_t row, const Floats* sums) const {

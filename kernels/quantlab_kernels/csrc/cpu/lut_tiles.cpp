@@ -15,7 +15,7 @@ namespace {
 template <int BITS>
 void row_to_tiles(const uint32_t* planes, int64_t plane_words, int64_t row_words, uint32_t* tile) {
     using B = Block<BITS>;
-    for (int64_t block = 0; block * B::SLICES < row_words; ++block, tile += B::ROWS * B::WORDS) {
+    for (int64_t block = 0; block * B::SLICES < row_words; ++block, tile += TILE_ROWS * B::WORDS) {
         uint16_t lanes[B::VECTORS][32] = {};
         const int slices = int(std::min<int64_t>(B::SLICES, row_words - block * B::SLICES));
         for (int field = 0; field < slices; ++field)
@@ -32,7 +32,7 @@ void row_to_tiles(const uint32_t* planes, int64_t plane_words, int64_t row_words
 template <int BITS>
 void row_from_tiles(const uint32_t* tile, int64_t plane_words, int64_t row_words, uint32_t* planes) {
     using B = Block<BITS>;
-    for (int64_t block = 0; block * B::SLICES < row_words; ++block, tile += B::ROWS * B::WORDS) {
+    for (int64_t block = 0; block * B::SLICES < row_words; ++block, tile += TILE_ROWS * B::WORDS) {
         uint16_t lanes[B::VECTORS][32];
         std::memcpy(lanes, tile, sizeof lanes);
         const int slices = int(std::min<int64_t>(B::SLICES, row_words - block * B::SLICES));
@@ -51,12 +51,12 @@ void convert(uint32_t* planes, uint32_t* tiles, int64_t rows, int64_t columns, i
     using B = Block<BITS>;
     const int64_t row_words = divide_up(columns, 32), blocks = divide_up(columns, B::COLUMNS);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < divide_up(rows, B::ROWS) * B::ROWS; ++row) {
-        uint32_t* tile = tiles + (row / B::ROWS * blocks * B::ROWS + row % B::ROWS) * B::WORDS;
+    for (int64_t row = 0; row < divide_up(rows, TILE_ROWS) * TILE_ROWS; ++row) {
+        uint32_t* tile = tiles + (row / TILE_ROWS * blocks * TILE_ROWS + row % TILE_ROWS) * B::WORDS;
         if (row >= rows) {
             if (TO_TILES)
                 for (int64_t block = 0; block < blocks; ++block)
-                    std::memset(tile + block * B::ROWS * B::WORDS, 0, B::WORDS * sizeof *tile);
+                    std::memset(tile + block * TILE_ROWS * B::WORDS, 0, B::WORDS * sizeof *tile);
         } else if (TO_TILES) {
             row_to_tiles<BITS>(planes + row * row_words, rows * row_words, row_words, tile);
         } else {
@@ -68,7 +68,7 @@ void convert(uint32_t* planes, uint32_t* tiles, int64_t rows, int64_t columns, i
 template <int BITS>
 int64_t tile_words(int64_t rows, int64_t columns) {
     using B = Block<BITS>;
-    return divide_up(rows, B::ROWS) * B::ROWS * divide_up(columns, B::COLUMNS) * B::WORDS;
+    return divide_up(rows, TILE_ROWS) * TILE_ROWS * divide_up(columns, B::COLUMNS) * B::WORDS;
 }
 
 // Large pages save the multiplication most of its address translations. Asked for only where a whole one fits inside
