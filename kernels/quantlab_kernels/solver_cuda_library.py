@@ -91,7 +91,7 @@ class Blocks(Structure):
         ("order", c_void_p),
         ("within", c_void_p),
         ("feedback", c_void_p),
-        ("transposed", c_void_p),
+        ("upper", c_void_p),
         ("precision", c_void_p),
         ("error", c_void_p),
         ("codes", c_void_p),
@@ -99,6 +99,24 @@ class Blocks(Structure):
         ("hessian_pitch", c_int64),
         ("error_pitch", c_int64),
         ("rows", c_int32),
+        ("inputs", c_int32),
+        ("visited", c_int32),
+        ("size", c_int32),
+    )
+
+
+class Factors(Structure):
+    """`Factors` of interface.h."""
+
+    _fields_ = (
+        ("hessian", c_void_p),
+        ("order", c_void_p),
+        ("within", c_void_p),
+        ("feedback", c_void_p),
+        ("upper", c_void_p),
+        ("precision", c_void_p),
+        ("failed", c_void_p),
+        ("damping", c_double),
         ("inputs", c_int32),
         ("visited", c_int32),
         ("size", c_int32),
@@ -135,6 +153,7 @@ def declare(library: ctypes.CDLL) -> None:
     arguments: dict[str, tuple[object, ...]] = {
         "sweep": (POINTER(Sweep), POINTER(Books)),
         "descend": (POINTER(Descent), POINTER(Books)),
+        "factor_blocks": (POINTER(Factors),),
         "descend_in_blocks": (POINTER(Blocks), POINTER(Books)),
         "sort_codes": (pointer, count, count, count, pointer, pointer),
         "sum_hessian_rows": (pointer, pointer, pointer, count, count, count, pointer),

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantlab.api import CodebookSpec, Lut, UniformGrid, layer_loss
 from quantlab.solvers.blocks import descend_in_blocks
@@ -281,7 +282,7 @@ def test_block_descent_keeps_what_its_losses_say(rows, inputs, size, dead, devic
         return descend_in_blocks(*operands, passes=2, generator=seeded(18), block_size=size)
 
     native = run(weight, Assignment(codes=codes, error=error, loss=loss), table, hessian)
-    assert kernels_run == ["descend_in_blocks"] * 2
+    assert kernels_run == ["factor_blocks", "descend_in_blocks"] * 2
     assert torch.equal(native.error, weight - table.gather(1, native.codes.long()))
     assert (native.codes[:, : min(dead, inputs - 1)] == 0).all()
     final = layer_loss(weight, weight.double() - native.error.double(), hessian)
@@ -437,9 +438,8 @@ def test_kmeans_of_few_values(device):
         )
 
 
-def everything(rows, device):
+def everything(rows, device, inputs=140):
     """Results of all stages for a selection of rows."""
-    inputs = 140
     weight, hessian = problem(70, inputs, device)
     table = torch.randn(70, 8, generator=seeded(30)).sort(dim=1).values.to(device)
     weight, table, order = weight[rows], table[rows], torch.arange(inputs, device=device)
@@ -461,6 +461,26 @@ def test_rows_do_not_depend_on_their_neighbours(device):
     rows = torch.tensor([3, 69, 40, 41, 5, 68])
     whole_layer, alone = everything(slice(None), device), everything(rows, device)
     assert all(torch.equal(found, result[rows]) for found, result in zip(alone, whole_layer, strict=True))
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations of PyTorch, each of which may be a launch. Random blocks are sorted on the CPU, one by one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function is not torch.ops.aten.sort.default
+        return function(*arguments, **(options or {}))
+
+
+def test_number_of_launches_does_not_grow_with_the_layer(emulation, kernels_run):
+    launches = []
+    for rows, inputs in ((3, 68), (40, 260)):
+        kernels_run.clear()
+        with Operations() as operations:
+            everything(slice(0, rows), torch.device("cpu"), inputs)
+        launches.append((operations.count, list(kernels_run)))
+    assert launches[0] == launches[1]
 
 
 def test_order_of_threads_does_not_change_a_bit(emulation):

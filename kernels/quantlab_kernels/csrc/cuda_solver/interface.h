@@ -76,7 +76,7 @@ struct Blocks {
   const int64_t* order;     // (visited), position to input; within a block the last is rounded first
   const float* within;      // (blocks, kMaxBlock, kMaxBlock): the Hessian of a block
   const float* feedback;    // (blocks, kMaxBlock, kMaxBlock): its factor, unit lower triangular
-  const float* transposed;  // (blocks, kMaxBlock, kMaxBlock): the transposed factor
+  const float* upper;       // (blocks, kMaxBlock, kMaxBlock): the transposed factor
   const float* precision;   // (visited): 1 over the squares of the pivots
   float* error;             // (inputs, error_pitch), by input, changed in place; 16-byte aligned
   uint8_t* codes;           // (rows, inputs), changed in place
@@ -87,6 +87,21 @@ struct Blocks {
   int32_t inputs;
   int32_t visited;
   int32_t size;
+};
+
+// Blocks of inputs to be factored, as in `Blocks`; but what belongs to one of them has `size` places.
+struct Factors {
+  const float* hessian;  // (inputs, inputs)
+  const int64_t* order;  // (visited)
+  float* within;         // (blocks, size, size), written
+  float* feedback;       // (blocks, size, size), written
+  float* upper;          // (blocks, size, size), written
+  float* precision;      // (visited), written
+  uint8_t* failed;       // (blocks), written: whether no damping was enough
+  double damping;        // fraction of the mean diagonal to add
+  int32_t inputs;
+  int32_t visited;
+  int32_t size;  // at most kMaxBlock
 };
 
 // k-means of every row.
@@ -122,6 +137,8 @@ QUANTLAB_EXPORT int quantlab_solver_sweep(const quantlab::Sweep* sweep, const qu
 // `books` may be null to relax.
 QUANTLAB_EXPORT int quantlab_solver_descend(const quantlab::Descent* descent, const quantlab::Books* books,
                                             int32_t device, void* stream);
+
+QUANTLAB_EXPORT int quantlab_solver_factor_blocks(const quantlab::Factors* factors, int32_t device, void* stream);
 
 QUANTLAB_EXPORT int quantlab_solver_descend_in_blocks(const quantlab::Blocks* blocks, const quantlab::Books* books,
                                                       int32_t device, void* stream);
