@@ -23,35 +23,9 @@ from quantlab.solvers.sweep import Assignment, SweepFactor, factor_for_sweep, sw
 from quantlab_kernels import solver, solver_cuda, solver_cuda_library, status
 
 FORWARD, BACKWARD, RANDOM = range(3)
-ON_DEVICE = pytest.param(
-    "cuda",
-    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-)
 # One panel and several, ragged rows, and inputs that are no multiple of a vector.
 SHAPES = [(1, 1), (5, 31), (33, 130), (34, 301)]
 KINDS = ["table of 2", "table of 8", "table of 32", "table of 40", "grid of 4", "grid of 16"]
-
-
-@pytest.fixture(params=["emulated", ON_DEVICE])
-def device(request):
-    """Where the kernels run, and where their operands are."""
-    if request.param == "emulated":
-        request.getfixturevalue("emulation")
-        return torch.device("cpu")
-    return torch.device(request.param)
-
-
-@pytest.fixture
-def kernels_run(monkeypatch):
-    """The names of the kernels in the order of their launches."""
-    names, run = [], solver_cuda._run
-
-    def record(name, *arguments):
-        names.append(name)
-        run(name, *arguments)
-
-    monkeypatch.setattr(solver_cuda, "_run", record)
-    return names
 
 
 def seeded(seed):
