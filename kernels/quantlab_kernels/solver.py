@@ -205,7 +205,7 @@ def multiply_symmetric(matrix: Tensor, hessian: Tensor) -> Tensor:
 
 
 def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
-    """e H eᵀ of every row of an error (rows, in_features), for a symmetric H: (rows,) float64."""
+    """The loss e H eᵀ of every row of an error (rows, in_features): (rows,) float64."""
     threads = torch.get_num_threads()
     error, hessian = error.contiguous(), hessian.contiguous()
     loss = torch.empty(len(error), dtype=torch.float64)
@@ -318,9 +318,7 @@ def cluster_in_cells(
     pointers = (values.data_ptr(), None if weights is None else weights.data_ptr())
     stride = 0 if weights is None or weights.ndim == 1 else values.shape[1]
     shape, scratch = (*values.shape, cells, levels, iterations, int(greedy)), _cluster_scratch(cells, levels)
-    _library().solver_cluster_in_cells(
-        *pointers, stride, *shape, *_pointers(centers, scratch), torch.get_num_threads()
-    )
+    _library().solver_cluster_in_cells(*pointers, stride, *shape, *_pointers(centers, scratch), torch.get_num_threads())
     return centers
 
 

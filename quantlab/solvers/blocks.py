@@ -91,7 +91,9 @@ def _descend_natively(
     live = order[hessian.diagonal()[order] > 0]
     for _ in range(passes if len(live) else 0):
         blocks = _draw(live, size, generator)
-        factors, failures = solver.factor_blocks(hessian, torch.cat([block.flip(0) for block in blocks]), size, _DAMPING)
+        factors, failures = solver.factor_blocks(
+            hessian, torch.cat([block.flip(0) for block in blocks]), size, _DAMPING
+        )
         if failures:
             raise NumericalError(
                 f"{failures} of {len(blocks)} blocks of the Hessian are not positive definite, which they are if it is "
