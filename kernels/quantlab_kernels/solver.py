@@ -48,13 +48,27 @@ class SweepProblem:
 
     def sweep(self, books: TiledCodebooks) -> Tensor:
         """Choose all codes; returns the error, (out_features, in_features)."""
-        threads = torch.get_num_threads()
         error = torch.empty(self.shape)
+        self._run(books, error, None)
+        return error
+
+    def targets(self, books: TiledCodebooks) -> Tensor:
+        """Choose all codes; returns what was rounded, (out_features, in_features)."""
+        targets = torch.empty(self.shape)
+        self._run(books, torch.empty(self.shape), targets)
+        return targets
+
+    def _run(self, books: TiledCodebooks, error: Tensor, targets: Tensor | None) -> None:
+        threads = torch.get_num_threads()
         scratch = torch.empty(threads, self.shape[1], LANES)
         _library().solver_sweep(
-            self._operands, books.operands(), *_pointers(self.codes, error, self.loss, scratch), threads
+            self._operands,
+            books.operands(),
+            *_pointers(self.codes, error, self.loss),
+            None if targets is None else targets.data_ptr(),
+            scratch.data_ptr(),
+            threads,
         )
-        return error
 
 
 class BlockwiseSweep(SweepProblem):
@@ -65,7 +79,7 @@ class BlockwiseSweep(SweepProblem):
         self._tiles = torch.empty(-(-len(weight) // LANES), weight.shape[1], LANES)
         _library().solver_load_tiles(self._operands, self._tiles.data_ptr(), torch.get_num_threads())
 
-    def targets(self, start: int, end: int) -> Tensor:
+    def block_targets(self, start: int, end: int) -> Tensor:
         """The weights of a block, shifted by the errors behind it: (tiles, columns, LANES)."""
         targets = torch.empty(len(self._tiles), end - start, LANES)
         _library().solver_block_targets(
@@ -74,7 +88,7 @@ class BlockwiseSweep(SweepProblem):
         return targets
 
     def round(self, start: int, end: int, targets: Tensor, books: TiledCodebooks) -> None:
-        """Choose the codes of a block for the targets that `targets` gave; they are overwritten."""
+        """Choose the codes of a block for the targets that `block_targets` gave; they are overwritten."""
         chosen = torch.empty(targets.shape, dtype=torch.uint8)
         _library().solver_round_block(
             self._operands,
