@@ -20,6 +20,7 @@ from torch import Tensor
 MIN_BITS, MAX_BITS = 2, 8
 
 _ROWS, _COLUMNS = 512, 256  # treated at a time where a whole matrix would need a wider copy
+_ROWS_OF_CODES = 64  # the same for codes, which become int64 to be looked up
 
 
 class Statistic(Enum):
@@ -262,8 +263,8 @@ class QuantizedLayer:
         levels = self.codebook.levels()
         out_features, groups, _ = levels.shape
         weight = torch.empty(self.codes.shape, dtype=levels.dtype, device=levels.device)
-        for start in range(0, out_features, _ROWS):
-            rows = slice(start, start + _ROWS)
+        for start in range(0, out_features, _ROWS_OF_CODES):
+            rows = slice(start, start + _ROWS_OF_CODES)
             grouped_codes = self.codes[rows].reshape(-1, groups, self.codes.shape[1] // groups).long()
             weight[rows] = levels[rows].gather(2, grouped_codes).flatten(1)
         if self.outliers is not None:

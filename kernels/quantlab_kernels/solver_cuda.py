@@ -70,21 +70,29 @@ class SweepProblem:
         self._choose(0, self._weight.shape[1], None, books)
         return self.error
 
-    def targets(self, start: int, end: int) -> Tensor:
+    def targets(self, books: TiledCodebooks) -> Tensor:
+        """Choose all codes; returns what was rounded, (out_features, in_features)."""
+        rounded = torch.empty_like(self._weight)
+        self._choose(0, self._weight.shape[1], None, books, rounded)
+        return rounded
+
+    def block_targets(self, start: int, end: int) -> Tensor:
         """The weights of a block, shifted by the errors behind it: (1, columns, out_features)."""
         values, behind = self._weight.T[self._columns[start:end]], self._behind[end:, : len(self._weight)]
         targets: Tensor = torch.addmm(values, self._feedback[end:, start:end].T, behind)
         return targets[None]
 
     def round(self, start: int, end: int, targets: Tensor, books: TiledCodebooks) -> None:
-        """Choose the codes of a block for the targets that `targets` gave."""
+        """Choose the codes of a block for the targets that `block_targets` gave."""
         self._choose(start, end, targets, books)
 
-    def _choose(self, start: int, end: int, targets: Tensor | None, books: TiledCodebooks) -> None:
+    def _choose(
+        self, start: int, end: int, targets: Tensor | None, books: TiledCodebooks, rounded: Tensor | None = None
+    ) -> None:
         by_row = _Books(books)
         operands = Sweep(
             *_pointers(self._weight, self._columns, self._feedback, self._energy, self._shift, targets),
-            *_pointers(self._behind, self.codes, self.error, self.loss),
+            *_pointers(self._behind, self.codes, self.error, self.loss, rounded),
             self._feedback.stride(0),
             self._behind.stride(0),
             *self._weight.shape,

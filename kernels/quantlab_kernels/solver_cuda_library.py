@@ -51,6 +51,7 @@ class Sweep(Structure):
         ("codes", c_void_p),
         ("error", c_void_p),
         ("loss", c_void_p),
+        ("rounded", c_void_p),
         ("feedback_pitch", c_int64),
         ("behind_pitch", c_int64),
         ("rows", c_int32),

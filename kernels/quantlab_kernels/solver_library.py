@@ -97,7 +97,7 @@ def declare(library: ctypes.CDLL) -> None:
     blocks, books = POINTER(BlockOperands), POINTER(CodebookOperands)
     pointer, count, threads = c_void_p, c_int64, c_int
     arguments: dict[str, tuple[object, ...]] = {
-        "solver_sweep": (sweep, books, pointer, pointer, pointer, pointer, threads),
+        "solver_sweep": (sweep, books, *(pointer,) * 5, threads),
         "solver_load_tiles": (sweep, pointer, threads),
         "solver_block_targets": (sweep, count, count, pointer, pointer, threads),
         "solver_round_block": (sweep, books, count, count, pointer, pointer, pointer, pointer, pointer, threads),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantlab.api import Lut
 from quantlab.solvers.blocks import descend_in_blocks
-from quantlab.solvers.codebook import CodebookFit, Codebooks
+from quantlab.solvers.codebook import CodebookFit, Codebooks, LevelGram
 from quantlab.solvers.descent import descend
 from quantlab.solvers.nearest import LutRounder
 from quantlab.solvers.sweep import Assignment, SweepFactor, sweep
@@ -44,6 +44,7 @@ class Alternation:
         hessian: (in_features, in_features), undamped, in the dtype of the weight.
         order: (in_features,) int64, the input quantized first, second, and so on.
         factor: of the preconditioned Hessian in this order.
+        gram: of the Hessian.
         generator: draws the blocks of block descent.
     """
 
@@ -51,6 +52,7 @@ class Alternation:
     hessian: Tensor
     order: Tensor
     factor: SweepFactor
+    gram: LevelGram
     generator: torch.Generator
 
     def of_rows(self, rows: slice) -> "Alternation":
@@ -102,7 +104,7 @@ class Alternation:
 
     @cached_property
     def _fit(self) -> CodebookFit:
-        return CodebookFit(self.weight, self.hessian)
+        return CodebookFit(self.weight, self.hessian, self.gram)
 
     def _rounder(self, table: Tensor) -> LutRounder:
         return LutRounder(Lut(values=table[:, None]), self.weight.shape[1])

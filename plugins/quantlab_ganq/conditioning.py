@@ -16,8 +16,8 @@ _MOST_SHRINKAGE = 0.6
 _SMALLEST_OFFSET = 1e-8  # of the mean diagonal; the published code has it absolute
 
 
-def shrunk(hessian: Tensor, num_tokens: int) -> Tensor:
-    """The Hessian with its off-diagonal entries reduced by a share that grows as tokens per input become few.
+def shrinkage_for(hessian: Tensor, num_tokens: int) -> float:
+    """The share by which off-diagonal entries of a Hessian are reduced; it grows as tokens per input become few.
 
     An off-diagonal entry is then mostly chance, and feedback fits the calibration text. With 2 (inputs / tokens)^1.5,
     16 tokens per input reduce them by 3%, 4 by 25%, and fewer than 2.2 by 60%.
@@ -28,7 +28,13 @@ def shrunk(hessian: Tensor, num_tokens: int) -> Tensor:
     """
     live = int((hessian.diagonal() > 0).sum())
     rarity = live / max(1, num_tokens)
-    share = min(_SHRINKAGE_AT_ONE_TOKEN_PER_INPUT * rarity**_SHRINKAGE_POWER, _MOST_SHRINKAGE)
+    return float(min(_SHRINKAGE_AT_ONE_TOKEN_PER_INPUT * rarity**_SHRINKAGE_POWER, _MOST_SHRINKAGE))
+
+
+def shrunk(hessian: Tensor, share: float) -> Tensor:
+    """The Hessian with its off-diagonal entries reduced by a share; itself if that is 0."""
+    if share == 0:
+        return hessian
     reduced: Tensor = hessian * (1 - share)
     reduced.diagonal().copy_(hessian.diagonal())
     return reduced

@@ -30,6 +30,7 @@ from quantlab.api import (
     QuantizerInfo,
     Statistic,
 )
+from quantlab.solvers.codebook import LevelGram
 from quantlab.solvers.nearest import with_dead_rounded
 from quantlab.solvers.options import (
     check_at_least_one,
@@ -43,7 +44,7 @@ from quantlab.solvers.outliers import as_outliers, largest
 from quantlab.solvers.request import check_request, row_chunks, stacked, with_loss, working_dtype
 from quantlab.solvers.sweep import factor_for_sweep
 from quantlab_ganq.alternation import Alternation, Candidate, Keep, best_of
-from quantlab_ganq.conditioning import Preconditioner, diagonally_dominant_factor, shrunk
+from quantlab_ganq.conditioning import Preconditioner, diagonally_dominant_factor, shrinkage_for, shrunk
 from quantlab_ganq.outliers import Corrections, OutlierSelection, tails
 from quantlab_ganq.starts import published_table, target_table, weight_table
 
@@ -171,24 +172,25 @@ class GanqQuantizer:
         hessian = problem.require_hessian()
         weight = problem.weight.to(working_dtype(problem.weight, hessian))
         order = processing_order(hessian, self.column_order, backwards=True)
-        # Conditioned twice, so that nobody holds the result while the factorisation takes the most memory.
+        share = self._shrinkage(problem)
         if self.preconditioner == "diagonal_dominance":
-            factor = diagonally_dominant_factor(self._conditioned(problem), order, weight.dtype)
+            factor = diagonally_dominant_factor(shrunk(hessian, share), order, weight.dtype)
         else:
-            factor = factor_for_sweep(self._conditioned(problem), order, self.damping, weight.dtype)
+            factor = factor_for_sweep(hessian, order, self.damping, weight.dtype, shrinkage=share)
+        hessian = shrunk(hessian, share).to(weight.dtype)
         return Alternation(
             weight=weight,
-            hessian=self._conditioned(problem).to(weight.dtype),
+            hessian=hessian,
             order=order,
             factor=factor,
+            gram=LevelGram(hessian),
             generator=torch.Generator().manual_seed(problem.seed),
         )
 
-    def _conditioned(self, problem: LayerProblem) -> Tensor:
-        hessian = problem.require_hessian()
+    def _shrinkage(self, problem: LayerProblem) -> float:
         if self.shrinkage and problem.statistics is not None:
-            return shrunk(hessian, problem.statistics.num_tokens)
-        return hessian
+            return shrinkage_for(problem.statistics.hessian, problem.statistics.num_tokens)
+        return 0.0
 
     def _first_corrections(self, layer: Alternation, levels: int) -> Corrections | None:
         if self.outlier_fraction == 0:

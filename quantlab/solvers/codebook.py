@@ -47,17 +47,39 @@ class Codebooks:
         return self.levels.gather(1, self.codes.long())
 
 
+class LevelGram:
+    """M = S H Sᵀ of any codes: entry (a, b) is the sum of H over inputs with code a and inputs with code b.
+
+    The Hessian is prepared once, for all rows.
+
+    Args:
+        hessian: (in_features, in_features).
+    """
+
+    def __init__(self, hessian: Tensor) -> None:
+        self._hessian = hessian
+        self._triangle = solver.HessianTriangle(hessian) if solver.usable(hessian) else None
+
+    def __call__(self, codes: Tensor, levels: int) -> Tensor:
+        """The matrices of some rows: (rows, levels, levels) for codes (rows, in_features) uint8."""
+        if self._triangle is not None:
+            return self._triangle.level_gram(codes, levels)
+        rows = max(1, _CHUNK_ELEMENTS // (levels * codes.shape[1]))
+        return torch.cat([_gram_by_bags(chunk, self._hessian, levels) for chunk in torch.split(codes, rows)])
+
+
 class CodebookFit:
     """Codebook steps for one weight.
 
     Args:
         weight: (out_features, in_features).
         hessian: (in_features, in_features), undamped, in the dtype of the weight.
+        gram: of this Hessian; whoever fits several weights makes it once.
     """
 
-    def __init__(self, weight: Tensor, hessian: Tensor) -> None:
+    def __init__(self, weight: Tensor, hessian: Tensor, gram: LevelGram | None = None) -> None:
         self._hessian = hessian
-        self._triangle = solver.HessianTriangle(hessian) if solver.usable(hessian) else None
+        self._gram = gram or LevelGram(hessian)
         self._product = _times(weight, hessian)
 
     def refit(self, levels: Tensor, assignment: Assignment) -> tuple[Codebooks, Tensor]:
@@ -88,11 +110,6 @@ class CodebookFit:
             losses.append(loss[rows] + change)
         return _sorted(levels + torch.cat(corrections).to(levels.dtype), assignment.codes), torch.cat(losses)
 
-    def _gram(self, codes: Tensor, levels: int) -> Tensor:
-        if self._triangle is None:
-            return level_gram(codes, self._hessian, levels)
-        return self._triangle.level_gram(codes, levels)
-
 
 def refit_codebook(levels: Tensor, codes: Tensor, error: Tensor, hessian: Tensor) -> Codebooks:
     """Move the levels of every row to where they minimise the row's loss, the codes being fixed.
@@ -110,29 +127,12 @@ def refit_codebook(levels: Tensor, codes: Tensor, error: Tensor, hessian: Tensor
         NumericalError: the Hessian is not positive semi-definite.
     """
     count, precision = levels.shape[1], torch.finfo(levels.dtype).eps
-    gradient = _times(error, hessian)
+    gradient, gram_of = _times(error, hessian), LevelGram(hessian)
     corrections = []
     for rows in _chunks(codes, count):
-        gram = level_gram(codes[rows], hessian, count)
+        gram = gram_of(codes[rows], count)
         corrections.append(_solve_scaled(gram, _sums_by_code(codes[rows], gradient[rows], count), precision))
     return _sorted(levels + torch.cat(corrections).to(levels.dtype), codes)
-
-
-def level_gram(codes: Tensor, hessian: Tensor, levels: int) -> Tensor:
-    """M = S H Sᵀ of every row: entry (a, b) is the sum of H over inputs with code a and inputs with code b.
-
-    Args:
-        codes: (rows, in_features) uint8.
-        hessian: (in_features, in_features).
-        levels: number of codes.
-
-    Returns:
-        (rows, levels, levels) in the dtype of the Hessian.
-    """
-    if solver.usable(hessian):
-        return solver.HessianTriangle(hessian).level_gram(codes, levels)
-    rows = max(1, _CHUNK_ELEMENTS // (levels * codes.shape[1]))
-    return torch.cat([_gram_by_bags(chunk, hessian, levels) for chunk in torch.split(codes, rows)])
 
 
 def _gram_by_bags(codes: Tensor, hessian: Tensor, levels: int) -> Tensor:
@@ -209,6 +209,8 @@ def _solve_in_batches(gram: Tensor, right: Tensor, weakest: float) -> tuple[Tens
 
 
 def _sorted(levels: Tensor, codes: Tensor) -> Codebooks:
+    if (levels.diff(dim=1) >= 0).all():
+        return Codebooks(levels=levels, codes=codes)
     ascending, order = levels.sort(dim=1, stable=True)
     rank = order.argsort(dim=1).to(torch.uint8)
     native = solver.usable(levels)

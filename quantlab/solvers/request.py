@@ -11,7 +11,7 @@ from quantlab_kernels import solver
 from quantlab_kernels.solver_tiles import LANES
 
 _CHUNKS = 8
-_FEWEST_ROWS_PER_THREAD = 2 * LANES
+_FEWEST_ROWS_PER_THREAD = LANES
 
 
 def check_request(problem: LayerProblem, info: QuantizerInfo) -> None:
@@ -74,7 +74,7 @@ def with_loss(layer: QuantizedLayer, problem: LayerProblem, **diagnostics: float
     """The same layer, reporting its loss by the undamped Hessian beside other diagnostics."""
     weight, weight_hat, hessian = problem.weight, layer.dequantize(), problem.require_hessian()
     if solver.usable(weight, hessian):
-        losses = solver.row_losses(weight - weight_hat, hessian)
+        losses = solver.row_losses(weight_hat.sub_(weight), hessian)  # in place: the sign of an error does not count
     else:
         losses = layer_loss(weight, weight_hat, hessian)
     loss = losses.sum().item()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quantlab.api import Lut, layer_loss
-from quantlab.solvers.codebook import level_gram, refit_codebook
+from quantlab.solvers.codebook import LevelGram, refit_codebook
 from quantlab.solvers.kmeans import kmeans_levels
 from quantlab.solvers.nearest import nearest_codes
 
@@ -115,7 +115,7 @@ def test_gram_is_the_sum_of_the_hessian_over_pairs_of_codes(make_layer):
     _, codes, _ = start(layer)
     members = one_hot(codes, 8)
     expected = members.mT @ layer.hessian @ members
-    torch.testing.assert_close(level_gram(codes, layer.hessian, 8), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(LevelGram(layer.hessian)(codes, 8), expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.usefixtures("kernels")

@@ -40,7 +40,7 @@ for groups in (1, GROUPS):
         blockwise = solver.BlockwiseSweep(weight, order, feedback, unit, unit)
         for end in range(INPUTS, 0, -SIZE):
             start = max(0, end - SIZE)
-            blockwise.round(start, end, blockwise.targets(start, end), book)
+            blockwise.round(start, end, blockwise.block_targets(start, end), book)
         codes = solver.round_descending(weight, error, hessian, order, book)
         solver.descend(weight, codes, error, hessian, order, book, sweeps=2, closer=1.0)
 solver.relax(error, hessian, order)

@@ -19,7 +19,7 @@ from quantlab.solvers.descent import descend, relax, round_descending
 from quantlab.solvers.grid import minmax_grid
 from quantlab.solvers.kmeans import kmeans_levels
 from quantlab.solvers.nearest import GridRounder, LutRounder
-from quantlab.solvers.sweep import Assignment, SweepFactor, factor_for_sweep, sweep
+from quantlab.solvers.sweep import Assignment, SweepFactor, factor_for_sweep, sweep, sweep_targets
 from quantlab_kernels import solver, solver_cuda, solver_cuda_library, status
 
 FORWARD, BACKWARD, RANDOM = range(3)
@@ -121,6 +121,16 @@ def test_sweep_is_that_of_float64(rows, inputs, kind, device, kernels_run):
     assert torch.equal(on_host(found.codes), expected.codes)
     same(found.error, expected.error)
     torch.testing.assert_close(on_host(found.loss), expected.loss, rtol=1e-6, atol=1e-6)
+
+
+def test_targets_of_a_sweep_are_those_of_float64(device, kernels_run):
+    rows, inputs = 33, 150
+    weight, codebook = whole(-16, 16, rows, inputs) / 8, dyadic_codebook("table of 8", rows)
+    exact = rounder(moved(codebook, "cpu", torch.float64), inputs)
+    expected = sweep_targets(weight.double(), dyadic_factor(inputs, "cpu", torch.float64), exact)
+    native = rounder(moved(codebook, device, torch.float32), inputs)
+    same(sweep_targets(weight.to(device), dyadic_factor(inputs, device, torch.float32), native), expected)
+    assert kernels_run == ["sweep"]
 
 
 @pytest.mark.parametrize("kind", ["table of 8", "table of 40", "grid of 16"])

@@ -7,7 +7,7 @@ import torch
 from quantlab.api import CodebookSpec, InputStatistics, LayerProblem, layer_loss
 from quantlab.solvers.sweep import factor_for_sweep
 from quantlab_ganq import GanqQuantizer
-from quantlab_ganq.conditioning import diagonally_dominant_factor, shrunk
+from quantlab_ganq.conditioning import diagonally_dominant_factor, shrinkage_for, shrunk
 from quantlab_ganq.outliers import tails
 from quantlab_ganq.starts import published_table, target_table, weight_table
 
@@ -139,19 +139,19 @@ def test_dead_inputs_get_the_nearest_final_level():
 def test_fewer_tokens_shrink_the_off_diagonal_entries_more(tokens, share):
     hessian = problem().require_hessian()
     off_diagonal = ~torch.eye(64, dtype=torch.bool)
-    result = shrunk(hessian, tokens)
+    result = shrunk(hessian, shrinkage_for(hessian, tokens))
     torch.testing.assert_close(result.diagonal(), hessian.diagonal())
     torch.testing.assert_close(result[off_diagonal], (1 - share) * hessian[off_diagonal])
 
 
 def test_shrinkage_lowers_the_loss_on_other_text_when_tokens_are_few():
     truth = problem(tokens=10_000)
-    few = problem(tokens=64)
+    few = problem(tokens=32)  # half a token per input: most of what they say about correlations is chance
     held_out = [
         layer_loss(few.weight, GanqQuantizer(shrinkage=on).quantize(few).dequantize(), truth.require_hessian()).sum()
         for on in (True, False)
     ]
-    assert held_out[0] < 0.9 * held_out[1]
+    assert held_out[0] < 0.8 * held_out[1]
 
 
 def test_the_dominant_diagonal_is_not_below_the_rest_of_its_row_and_its_loss_is_that_of_the_hessian():

@@ -13,7 +13,8 @@ namespace solver {
 namespace {
 
 constexpr int64_t PANEL = 4 * WIDTH;    // columns of U in a panel
-constexpr int64_t PANEL_ROWS = 256;     // rows of U whose panel, at most 64 KiB, stays near the core
+constexpr int64_t PANEL_ROWS = 192;     // rows of U whose panel, at most 48 KiB, stays near the core; a multiple of PANEL
+constexpr int64_t UNIT = 2;             // floats, so that processors can scale a stored place as they read it
 constexpr int64_t MAX_GROUP = 64;       // output rows that share a panel
 constexpr int64_t GROUP_FLOATS = 1 << 15;
 
@@ -43,7 +44,7 @@ struct Group {
     float* gram;       // (rows, levels, padded_levels): Q^T
     int32_t* starts;   // (rows, segments, levels + 1): where the inputs of a code begin in `sorted`
     int32_t* ends;     // (rows, levels): the same in the segment of the diagonal, for inputs that it has not reached
-    uint16_t* sorted;  // (rows, inputs): inputs relative to their segment
+    uint16_t* sorted;  // (rows, inputs): where an input's row of the panel begins in its segment, in UNIT floats
 
     const uint8_t* row_codes(int64_t row) const { return codes + row * inputs; }
     const int32_t* row_starts(int64_t row, int64_t segment) const {
@@ -63,7 +64,7 @@ void sort_by_code(const Group& group, int64_t row) {
         int32_t* starts = group.starts + (row * group.segments + segment) * (group.levels + 1);
         std::copy(next, next + group.levels + 1, starts);
         uint16_t* sorted = group.sorted + row * group.inputs;
-        for (int64_t j = first; j < last; ++j) sorted[next[codes[j]]++] = static_cast<uint16_t>(j - first);
+        for (int64_t j = first; j < last; ++j) sorted[next[codes[j]]++] = static_cast<uint16_t>((j - first) * (PANEL / UNIT));
     }
 }
 
@@ -74,11 +75,11 @@ inline void add_rows(const float* panel, const uint16_t* begin, const uint16_t* 
     const uint16_t* j = begin;
     for (; j + 2 <= end; j += 2)
         for (int part = 0; part < PARTS; ++part) {
-            even[part] += load(panel + j[0] * PANEL + part * WIDTH);
-            odd[part] += load(panel + j[1] * PANEL + part * WIDTH);
+            even[part] += load(panel + j[0] * UNIT + part * WIDTH);
+            odd[part] += load(panel + j[1] * UNIT + part * WIDTH);
         }
     if (j < end)
-        for (int part = 0; part < PARTS; ++part) even[part] += load(panel + j[0] * PANEL + part * WIDTH);
+        for (int part = 0; part < PARTS; ++part) even[part] += load(panel + j[0] * UNIT + part * WIDTH);
     for (int part = 0; part < PARTS; ++part)
         store(sums + part * WIDTH, load(sums + part * WIDTH) + (even[part] + odd[part]));
 }

@@ -9,11 +9,19 @@
 // sums[row][code] = sum of values[row][j] over inputs j with that code; (rows, levels)
 SOLVER_API void solver_sums_by_code(const uint8_t* codes, const float* values, int64_t rows, int64_t inputs,
                                     int64_t levels, double* sums, int threads) {
+    constexpr int64_t PARTS = 4;  // so that an addition need not wait for the one before it
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; ++row) {
-        double* row_sums = sums + row * levels;
-        std::fill(row_sums, row_sums + levels, 0.0);
-        for (int64_t j = row * inputs; j < (row + 1) * inputs; ++j) row_sums[codes[j]] += values[j];
+        double parts[PARTS][256];
+        for (int64_t part = 0; part < PARTS; ++part) std::fill(parts[part], parts[part] + levels, 0.0);
+        const uint8_t* row_codes = codes + row * inputs;
+        const float* row_values = values + row * inputs;
+        int64_t j = 0;
+        for (; j + PARTS <= inputs; j += PARTS)
+            for (int64_t part = 0; part < PARTS; ++part) parts[part][row_codes[j + part]] += row_values[j + part];
+        for (; j < inputs; ++j) parts[0][row_codes[j]] += row_values[j];
+        for (int64_t k = 0; k < levels; ++k)
+            sums[row * levels + k] = (parts[0][k] + parts[1][k]) + (parts[2][k] + parts[3][k]);
     }
 }
 

@@ -37,6 +37,7 @@ struct Sweep {
   uint8_t* codes;          // (rows, inputs), written
   float* error;            // (rows, inputs), written
   double* loss;            // (rows), added to
+  float* rounded;          // (rows, inputs), written: the final targets, up to rounding; or null
   int64_t feedback_pitch;  // a multiple of 4
   int64_t behind_pitch;    // rows, padded to a multiple of kBlockRows
   int32_t rows;
