@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels import solver_cuda
-from quantlab_kernels.solver_library import LIBRARY, BlockOperands, DescentOperands, SweepOperands
+from quantlab_kernels.solver_library import LIBRARY, BlockOperands, DescentOperands, JointOperands, SweepOperands
 from quantlab_kernels.solver_tiles import LANES, TiledCodebooks
 
 MAX_BLOCK = 64
@@ -241,6 +241,42 @@ def descend_in_blocks(
     scratch = torch.empty(threads * _library().solver_blocks_scratch(weight.shape[1]), dtype=torch.uint8)
     _library().solver_descend_in_blocks(operands, books.operands(), *_pointers(codes, error, gained, scratch), threads)
     return gained
+
+
+def descend_jointly(
+    product: Tensor,
+    codes: Tensor,
+    tables: Tensor,
+    loss: Tensor,
+    hessian: Tensor,
+    order: Tensor,
+    *,
+    passes: int,
+    ridge: float,
+    threshold: float,
+) -> None:
+    """Passes of joint descent over `codes` (out_features, in_features), in place; each row ends when nothing changes.
+
+    Args:
+        product: (out_features, in_features), the weight times the Hessian.
+        codes: to improve.
+        tables: (out_features, levels), what they select from.
+        loss: (out_features,) float64, of codes and tables.
+        hessian: (in_features, in_features).
+        order: (visited,) int64, the inputs to visit, with positive diagonals.
+        passes: upper limit.
+        ridge: of the codebook equations, scaled to a unit diagonal.
+        threshold: share of the loss by which a change has to lower it.
+    """
+    if _on_cuda(product):
+        options = {"ridge": ridge, "threshold": threshold}
+        return solver_cuda.descend_jointly(product, codes, tables, loss, hessian, order, passes=passes, **options)
+    threads, levels = torch.get_num_threads(), tables.shape[1]
+    product, tables, loss, hessian, order = (x.contiguous() for x in (product, tables, loss, hessian, order))
+    shape = (*product.shape, len(order), levels, passes)
+    operands = JointOperands(*_pointers(product, hessian, order), *shape, ridge, threshold)
+    scratch = torch.empty(threads * _library().solver_joint_scratch(product.shape[1], levels), dtype=torch.uint8)
+    _library().solver_descend_jointly(operands, *_pointers(tables, loss, codes, scratch), threads)
 
 
 def multiply_symmetric(matrix: Tensor, hessian: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from quantlab_kernels.solver_cuda_library import (
     Cluster,
     Descent,
     Factors,
+    Joint,
     Sweep,
 )
 from quantlab_kernels.solver_tiles import TiledCodebooks
@@ -181,6 +182,40 @@ def descend_in_blocks(
     _run("descend_in_blocks", weight, ctypes.byref(operands), by_row.reference)
     error.copy_(by_input[:, :rows].T)
     return gained
+
+
+def descend_jointly(
+    product: Tensor,
+    codes: Tensor,
+    tables: Tensor,
+    loss: Tensor,
+    hessian: Tensor,
+    order: Tensor,
+    *,
+    passes: int,
+    ridge: float,
+    threshold: float,
+) -> None:
+    """`quantlab_kernels.solver.descend_jointly`."""
+    (inputs, levels), hessian, order = (product.shape[1], tables.shape[1]), hessian.contiguous(), order.contiguous()
+    rows_at_a_time = max(1, _WORKSPACE_BYTES // (levels * inputs * product.element_size()))
+    for start in range(0, len(product), rows_at_a_time):
+        rows = slice(start, start + rows_at_a_time)
+        of_rows = [matrix[rows].contiguous() for matrix in (product, tables, loss)]
+        count = len(of_rows[0])
+        sums, gradient = product.new_empty(count, levels, inputs), product.new_empty(count, inputs)
+        matrices = loss.new_empty(count, 2, levels, levels)
+        operands = Joint(
+            *_pointers(of_rows[0], hessian, order, *of_rows[1:], codes[rows], sums, gradient, matrices),
+            ridge,
+            threshold,
+            count,
+            inputs,
+            len(order),
+            levels,
+            passes,
+        )
+        _run("descend_jointly", product, ctypes.byref(operands))
 
 
 def level_gram(codes: Tensor, hessian: Tensor, levels: int) -> Tensor:

@@ -124,6 +124,29 @@ class Factors(Structure):
     )
 
 
+class Joint(Structure):
+    """`Joint` of interface.h."""
+
+    _fields_ = (
+        ("product", c_void_p),
+        ("hessian", c_void_p),
+        ("order", c_void_p),
+        ("tables", c_void_p),
+        ("loss", c_void_p),
+        ("codes", c_void_p),
+        ("sums", c_void_p),
+        ("gradient", c_void_p),
+        ("matrices", c_void_p),
+        ("ridge", c_double),
+        ("threshold", c_double),
+        ("rows", c_int32),
+        ("inputs", c_int32),
+        ("visited", c_int32),
+        ("levels", c_int32),
+        ("passes", c_int32),
+    )
+
+
 class Cluster(Structure):
     """`Cluster` of interface.h."""
 
@@ -156,6 +179,7 @@ def declare(library: ctypes.CDLL) -> None:
         "descend": (POINTER(Descent), POINTER(Books)),
         "factor_blocks": (POINTER(Factors),),
         "descend_in_blocks": (POINTER(Blocks), POINTER(Books)),
+        "descend_jointly": (POINTER(Joint),),
         "sort_codes": (pointer, count, count, count, pointer, pointer),
         "sum_hessian_rows": (pointer, pointer, pointer, count, count, count, pointer),
         "sums_by_code": (pointer, pointer, count, count, count, count, pointer),

@@ -5,9 +5,10 @@ import torch
 
 from quantlab.api import CodebookSpec, Lut, UniformGrid, layer_loss
 from quantlab.solvers.blocks import descend_in_blocks
-from quantlab.solvers.codebook import CodebookFit, LevelGram, refit_codebook
+from quantlab.solvers.codebook import CodebookFit, Codebooks, LevelGram, refit_codebook
 from quantlab.solvers.descent import descend, relax, round_descending
 from quantlab.solvers.grid import minmax_grid
+from quantlab.solvers.joint import descend_jointly
 from quantlab.solvers.kmeans import kmeans_levels
 from quantlab.solvers.nearest import GridRounder, LutRounder
 from quantlab.solvers.sweep import Assignment, factor_for_sweep, sweep, sweep_targets
@@ -259,6 +260,27 @@ def test_block_descent_keeps_what_its_losses_say(library, dead):
     assert (native.codes != exact.codes).double().mean() < 0.02
     expected = layer_loss(weight, weight.double() - exact.error, hessian).sum()
     torch.testing.assert_close(final.sum(), expected, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("dead", [0, 5])
+@pytest.mark.parametrize("levels", [2, 5, 16])
+def test_joint_descent_is_that_of_the_reference(library, monkeypatch, levels, dead):
+    weight, hessian = problem(20, 90, dead)
+    table = tables(20, levels).values[:, 0]
+    codes = (weight[..., None] - table[:, None]).abs().argmin(dim=2).to(torch.uint8)
+    start, order = Codebooks(levels=table, codes=codes), torch.arange(90).flip(0)
+    loss = layer_loss(weight, start.dequantize(), hessian)
+
+    def run():
+        return descend_jointly(weight, start, loss, hessian, order, CodebookFit(weight, hessian), passes=3)
+
+    fitted, found = run()
+    assert (found <= loss * (1 + 1e-5)).all()
+    torch.testing.assert_close(found, layer_loss(weight, fitted.dequantize(), hessian), rtol=1e-4, atol=0)
+    monkeypatch.setattr(LIBRARY, "get", lambda: None)
+    expected, expected_loss = run()
+    assert (fitted.codes != expected.codes).double().mean() < 0.02
+    torch.testing.assert_close(found.sum(), expected_loss.sum(), rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize("levels", [2, 5, 16, 17, 256])

@@ -105,6 +105,26 @@ struct Factors {
   int32_t size;  // at most kMaxBlock
 };
 
+// Passes of joint descent.
+struct Joint {
+  const float* product;  // (rows, inputs): W H
+  const float* hessian;  // (inputs, inputs)
+  const int64_t* order;  // (visited): inputs with a positive diagonal
+  const float* tables;   // (rows, levels)
+  const double* loss;    // (rows)
+  uint8_t* codes;        // (rows, inputs), changed in place
+  float* sums;           // (rows, levels, inputs), memory
+  float* gradient;       // (rows, inputs), memory
+  double* matrices;      // (rows, 2, levels, levels), memory
+  double ridge;          // of the codebook equations, scaled to a unit diagonal
+  double threshold;      // share of the loss by which a move has to lower it
+  int32_t rows;
+  int32_t inputs;
+  int32_t visited;
+  int32_t levels;
+  int32_t passes;
+};
+
 // k-means of every row.
 struct Cluster {
   const double* values;   // (rows, size), ascending
@@ -143,6 +163,8 @@ QUANTLAB_EXPORT int quantlab_solver_factor_blocks(const quantlab::Factors* facto
 
 QUANTLAB_EXPORT int quantlab_solver_descend_in_blocks(const quantlab::Blocks* blocks, const quantlab::Books* books,
                                                       int32_t device, void* stream);
+
+QUANTLAB_EXPORT int quantlab_solver_descend_jointly(const quantlab::Joint* joint, int32_t device, void* stream);
 
 // The inputs of every segment of every row by code: `lists` and `starts` are described in gram.cu.
 QUANTLAB_EXPORT int quantlab_solver_sort_codes(const uint8_t* codes, int32_t rows, int32_t inputs, int32_t levels,
