@@ -4,8 +4,10 @@ Without a device, the source of the kernels is executed on the host. Where all n
 two, sums in float32 are exact in any order, so that results must be those of float64 to the last bit.
 """
 
+import ast
 import ctypes
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -608,6 +610,15 @@ def test_stages_need_the_library(emulation, monkeypatch):
     assert not solver.usable(torch.zeros(1))
     with pytest.raises(RuntimeError, match="not available"):
         solver.relax(torch.zeros(1, 1), torch.ones(1, 1), torch.zeros(1, dtype=torch.int64))
+
+
+def test_every_stage_asks_where_its_operands_are():
+    """One that did not would hand addresses of the device to the library for the CPU."""
+    tree = ast.parse(Path(solver.__file__).read_text())
+    public = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    stages = [ast.unparse(node) for node in public if "_library()" in ast.unparse(node)]
+    assert len(stages) > 10
+    assert all("_on_cuda" in stage or "self._cuda" in stage for stage in stages)
 
 
 def test_library_takes_float32_on_one_device(emulation):
