@@ -6,6 +6,9 @@
 Weights are cold: a captured graph calls every one of several copies once, which together are far larger than the
 L2 cache, so launches cost nothing and nothing is found in a cache. cuBLAS, the kernels and a copy of memory are timed
 in one process. A time is the median over replays, per call; the spread is from the 10th to the 90th percentile.
+
+Kernels of other projects (Any-Precision, SqueezeLLM, FLUTE) are measured where they are installed. Some of them work on
+the default stream and cannot be captured, so they and a row of ours beside them are timed call by call.
 """
 
 import argparse
@@ -15,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 from cuda_device import describe_device, headline, require
 from torch import Tensor
@@ -76,7 +80,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "run":
         require(cuda_library.LIBRARY)
-        record = measure(getattr(torch, arguments.dtype))
+        dtype = getattr(torch, arguments.dtype)
+        record = measure(dtype)
+        arguments.file.write_text(json.dumps(record, indent=1) + "\n")
+        # Kernels of others last, and our record first: a wrong access of theirs would end the process.
+        add_peers(record, dtype)
         arguments.file.write_text(json.dumps(record, indent=1) + "\n")
     print(render(json.loads(arguments.file.read_text())))
 
@@ -97,8 +105,19 @@ def measure(dtype: torch.dtype) -> dict[str, Any]:
         "device": describe_device(cuda_library.LIBRARY, cuda_library.SOURCE_FOLDER),
         "dtype": str(dtype).removeprefix("torch."),
         "copy_gb_per_s": copy_speed(),
+        "refusals": [],
         "rows": [asdict(row) for row in rows],
     }
+
+
+def add_peers(record: dict[str, Any], dtype: torch.dtype) -> None:
+    """Add what other projects take to a record."""
+    for out_features, in_features in SHAPES if any(peers.installed()) else ():
+        for tokens in TOKENS:
+            x = torch.randn(tokens, in_features, device="cuda").to(dtype)
+            for bits in BITS:
+                rows = measure_peers(x, out_features, bits, record["refusals"])
+                record["rows"] += [asdict(row) for row in rows]
 
 
 def copy_speed() -> float:
@@ -118,14 +137,37 @@ def measure_cublas(x: Tensor, out_features: int) -> Row:
     return Row(out_features, in_features, len(x), "cublas", None, None, nbytes, *time_calls(calls))
 
 
-def measure_kernel(x: Tensor, out_features: int, bits: int, codebook: str, warps: int | None = None) -> Row:
+def measure_kernel(
+    x: Tensor, out_features: int, bits: int, codebook: str, warps: int | None = None, *, captured: bool = True
+) -> Row:
     """The product by the kernels, checked once against the dense one."""
     first = random_weight(x, out_features, bits, codebook)
     check(x, first)
     others = [random_weight(x, out_features, bits, codebook) for _ in range(copies(first.nbytes) - 1)]
     calls = [lambda weight=weight: multiply(x, weight, warps) for weight in (first, *others)]
-    variant = f"{bits} bits, {codebook}"
-    return Row(out_features, x.shape[1], len(x), variant, bits, warps, first.nbytes, *time_calls(calls))
+    variant = f"{bits} bits, {codebook}" if captured else f"{bits} bits, {codebook}, call by call"
+    times = time_calls(calls, captured=captured)
+    return Row(out_features, x.shape[1], len(x), variant, bits, warps, first.nbytes, *times)
+
+
+def measure_peers(x: Tensor, out_features: int, bits: int, refusals: list[str]) -> list[Row]:
+    """Every other project that takes these operands, and ours timed alike; what one refuses goes to `refusals`."""
+    rows: list[Row] = []
+    for peer in peers.installed():
+        if bits not in peer.bits or len(x) > peer.most_tokens or x.dtype not in peer.dtypes:
+            continue
+        variant = f"{bits} bits, {peer.name}, call by call"
+        try:
+            call, nbytes = peer.prepare(x, out_features, bits)
+            others = [peer.prepare(x, out_features, bits)[0] for _ in range(copies(nbytes) - 1)]
+            times = time_calls([call, *others], captured=False)
+        except Exception as error:  # not our code: anything may be wrong with it, and our rows still matter
+            refusals.append(f"{variant}, {out_features} x {x.shape[1]}, {len(x)} tokens: {error}")
+        else:
+            rows.append(Row(out_features, x.shape[1], len(x), variant, bits, None, nbytes, *times))
+    if rows:
+        rows.append(measure_kernel(x, out_features, bits, "row", captured=False))
+    return rows
 
 
 def random_weight(x: Tensor, out_features: int, bits: int, codebook: str) -> Prepared:
@@ -201,20 +243,26 @@ def copies(nbytes: int) -> int:
     return max(2, -(-COLD_CACHES * cache // nbytes))
 
 
-def time_calls(calls: list[Callable[[], object]]) -> tuple[float, float, float]:
+def time_calls(calls: list[Callable[[], object]], *, captured: bool = True) -> tuple[float, float, float]:
     """Median, 10th and 90th percentile of the time of one call, in µs, over replays of a graph of all calls."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def call_all() -> None:
         for call in calls:
             call()
+
+    call_all()
+    torch.cuda.synchronize()
+    replay = call_all
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call_all()
+        replay = graph.replay
     times = []
     for _ in range(REPLAYS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         times.append(1e3 * begin.elapsed_time(end) / len(calls))
@@ -233,7 +281,10 @@ def render(record: dict[str, Any]) -> str:
     for shape in dict.fromkeys((row.out_features, row.in_features) for row in rows):
         of_shape = [row for row in rows if (row.out_features, row.in_features) == shape]
         lines += ["", f"### {shape[0]} x {shape[1]}", "", *_shape_table(of_shape, record["copy_gb_per_s"])]
-    return "\n".join([*lines, "", "### Targets at one token", "", *_targets(rows), ""])
+    lines += ["", "### Targets at one token", "", *_targets(rows)]
+    if record["refusals"]:
+        lines += ["", "### Refused by other projects", "", *(f"- {refusal}" for refusal in record["refusals"])]
+    return "\n".join([*lines, ""])
 
 
 def _shape_table(rows: list[Row], copy_gb_per_s: float) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels import solver_cuda
-from quantlab_kernels.solver_library import LIBRARY, BlockOperands, DescentOperands, SweepOperands
+from quantlab_kernels.solver_library import LIBRARY, BlockOperands, DescentOperands, JointOperands, SweepOperands
 from quantlab_kernels.solver_tiles import LANES, TiledCodebooks
 
 MAX_BLOCK = 64
@@ -61,13 +61,29 @@ class SweepProblem:
         """Choose all codes; returns the error, (out_features, in_features)."""
         if self._cuda is not None:
             return self._cuda.sweep(books)
-        threads = torch.get_num_threads()
         error = torch.empty(self.shape)
+        self._run(books, error, None)
+        return error
+
+    def targets(self, books: TiledCodebooks) -> Tensor:
+        """Choose all codes; returns what was rounded, (out_features, in_features)."""
+        if self._cuda is not None:
+            return self._cuda.targets(books)
+        targets = torch.empty(self.shape)
+        self._run(books, torch.empty(self.shape), targets)
+        return targets
+
+    def _run(self, books: TiledCodebooks, error: Tensor, targets: Tensor | None) -> None:
+        threads = torch.get_num_threads()
         scratch = torch.empty(threads, self.shape[1], LANES)
         _library().solver_sweep(
-            self._operands, books.operands(), *_pointers(self.codes, error, self.loss, scratch), threads
+            self._operands,
+            books.operands(),
+            *_pointers(self.codes, error, self.loss),
+            None if targets is None else targets.data_ptr(),
+            scratch.data_ptr(),
+            threads,
         )
-        return error
 
 
 class BlockwiseSweep(SweepProblem):
@@ -80,10 +96,10 @@ class BlockwiseSweep(SweepProblem):
         self._tiles = torch.empty(-(-len(weight) // LANES), weight.shape[1], LANES)
         _library().solver_load_tiles(self._operands, self._tiles.data_ptr(), torch.get_num_threads())
 
-    def targets(self, start: int, end: int) -> Tensor:
+    def block_targets(self, start: int, end: int) -> Tensor:
         """The weights of a block, shifted by the errors behind it: (tiles, columns, LANES)."""
         if self._cuda is not None:
-            return self._cuda.targets(start, end)
+            return self._cuda.block_targets(start, end)
         targets = torch.empty(len(self._tiles), end - start, LANES)
         _library().solver_block_targets(
             self._operands, start, end, *_pointers(self._tiles, targets), torch.get_num_threads()
@@ -91,7 +107,7 @@ class BlockwiseSweep(SweepProblem):
         return targets
 
     def round(self, start: int, end: int, targets: Tensor, books: TiledCodebooks) -> None:
-        """Choose the codes of a block for the targets that `targets` gave; they are overwritten."""
+        """Choose the codes of a block for the targets that `block_targets` gave; they are overwritten."""
         if self._cuda is not None:
             self._cuda.round(start, end, targets, books)
             return
@@ -227,6 +243,42 @@ def descend_in_blocks(
     return gained
 
 
+def descend_jointly(
+    product: Tensor,
+    codes: Tensor,
+    tables: Tensor,
+    loss: Tensor,
+    hessian: Tensor,
+    order: Tensor,
+    *,
+    passes: int,
+    ridge: float,
+    threshold: float,
+) -> None:
+    """Passes of joint descent over `codes` (out_features, in_features), in place; each row ends when nothing changes.
+
+    Args:
+        product: (out_features, in_features), the weight times the Hessian.
+        codes: to improve.
+        tables: (out_features, levels), what they select from.
+        loss: (out_features,) float64, of codes and tables.
+        hessian: (in_features, in_features).
+        order: (visited,) int64, the inputs to visit, with positive diagonals.
+        passes: upper limit.
+        ridge: of the codebook equations, scaled to a unit diagonal.
+        threshold: share of the loss by which a change has to lower it.
+    """
+    if _on_cuda(product):
+        options = {"ridge": ridge, "threshold": threshold}
+        return solver_cuda.descend_jointly(product, codes, tables, loss, hessian, order, passes=passes, **options)
+    threads, levels = torch.get_num_threads(), tables.shape[1]
+    product, tables, loss, hessian, order = (x.contiguous() for x in (product, tables, loss, hessian, order))
+    shape = (*product.shape, len(order), levels, passes)
+    operands = JointOperands(*_pointers(product, hessian, order), *shape, ridge, threshold)
+    scratch = torch.empty(threads * _library().solver_joint_scratch(product.shape[1], levels), dtype=torch.uint8)
+    _library().solver_descend_jointly(operands, *_pointers(tables, loss, codes, scratch), threads)
+
+
 def multiply_symmetric(matrix: Tensor, hessian: Tensor) -> Tensor:
     """(rows, in_features) times a symmetric (in_features, in_features)."""
     if _on_cuda(matrix):
@@ -241,7 +293,7 @@ def multiply_symmetric(matrix: Tensor, hessian: Tensor) -> Tensor:
 
 
 def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
-    """e H eᵀ of every row of an error (rows, in_features), for a symmetric H: (rows,) float64."""
+    """The loss e H eᵀ of every row of an error (rows, in_features): (rows,) float64."""
     if _on_cuda(error):
         return ((error @ hessian) * error).sum(dim=1, dtype=torch.float64)
     threads = torch.get_num_threads()

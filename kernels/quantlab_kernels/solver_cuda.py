@@ -30,6 +30,8 @@ from quantlab_kernels.solver_cuda_library import (
     Books,
     Cluster,
     Descent,
+    Factors,
+    Joint,
     Sweep,
 )
 from quantlab_kernels.solver_tiles import TiledCodebooks
@@ -69,21 +71,29 @@ class SweepProblem:
         self._choose(0, self._weight.shape[1], None, books)
         return self.error
 
-    def targets(self, start: int, end: int) -> Tensor:
+    def targets(self, books: TiledCodebooks) -> Tensor:
+        """Choose all codes; returns what was rounded, (out_features, in_features)."""
+        rounded = torch.empty_like(self._weight)
+        self._choose(0, self._weight.shape[1], None, books, rounded)
+        return rounded
+
+    def block_targets(self, start: int, end: int) -> Tensor:
         """The weights of a block, shifted by the errors behind it: (1, columns, out_features)."""
         values, behind = self._weight.T[self._columns[start:end]], self._behind[end:, : len(self._weight)]
         targets: Tensor = torch.addmm(values, self._feedback[end:, start:end].T, behind)
         return targets[None]
 
     def round(self, start: int, end: int, targets: Tensor, books: TiledCodebooks) -> None:
-        """Choose the codes of a block for the targets that `targets` gave."""
+        """Choose the codes of a block for the targets that `block_targets` gave."""
         self._choose(start, end, targets, books)
 
-    def _choose(self, start: int, end: int, targets: Tensor | None, books: TiledCodebooks) -> None:
+    def _choose(
+        self, start: int, end: int, targets: Tensor | None, books: TiledCodebooks, rounded: Tensor | None = None
+    ) -> None:
         by_row = _Books(books)
         operands = Sweep(
             *_pointers(self._weight, self._columns, self._feedback, self._energy, self._shift, targets),
-            *_pointers(self._behind, self.codes, self.error, self.loss),
+            *_pointers(self._behind, self.codes, self.error, self.loss, rounded),
             self._feedback.stride(0),
             self._behind.stride(0),
             *self._weight.shape,
@@ -123,30 +133,19 @@ def relax(error: Tensor, hessian: Tensor, order: Tensor) -> None:
 def factor_blocks(
     hessian: Tensor, order: Tensor, size: int, damping: float
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int]:
-    """`quantlab_kernels.solver.factor_blocks`, by cuSOLVER for all blocks at once: its factors, without the order."""
-    count = -(-len(order) // size)
-    padding = count * size - len(order)
-    places = pad(order, (0, padding)).view(count, size)
-    real = pad(torch.ones_like(order, dtype=torch.bool), (0, padding)).view(count, size)
-    both = real[:, :, None] & real[:, None, :]
-    within = torch.where(both, hessian[places[:, :, None], places[:, None, :]], 0.0)
-    diagonal = within.diagonal(dim1=1, dim2=2).double()
-    mean = diagonal.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True)
-    fraction = torch.full_like(mean, damping)
-    while True:
-        damped = within.double()
-        damped.diagonal(dim1=1, dim2=2).copy_(torch.where(real, diagonal + fraction * mean, 1.0))
-        lower, failed_minor = torch.linalg.cholesky_ex(damped)
-        failed = (failed_minor > 0)[:, None]
-        # Only for the blocks that need it.
-        hopeless = failed & (fraction >= 1)
-        if bool((failed == hopeless).all()):
-            break
-        fraction = torch.where(failed, (10 * fraction).clamp(max=1.0), fraction)
-    pivots = lower.diagonal(dim1=1, dim2=2)
-    feedback = torch.where(both, lower / pivots[:, None, :], 0.0).to(hessian.dtype)
-    precision = pivots.square().reciprocal()[real].to(hessian.dtype)
-    return (within, feedback, feedback.mT.contiguous(), precision), int(hopeless.sum())
+    """`quantlab_kernels.solver.factor_blocks`: its factors, without the order."""
+    hessian, order, blocks = hessian.contiguous(), order.contiguous(), -(-len(order) // size)
+    within, feedback, upper = hessian.new_empty(3, blocks, size, size)
+    precision, failed = hessian.new_empty(len(order)), order.new_empty(blocks, dtype=torch.uint8)
+    operands = Factors(
+        *_pointers(hessian, order, within, feedback, upper, precision, failed),
+        damping,
+        len(hessian),
+        len(order),
+        size,
+    )
+    _run("factor_blocks", hessian, ctypes.byref(operands))
+    return (within, feedback, upper, precision), int(failed.sum())
 
 
 def descend_in_blocks(
@@ -162,13 +161,13 @@ def descend_in_blocks(
     within, feedback, upper, precision = factors
     (rows, inputs), (count, size, _) = weight.shape, within.shape
     # Every block has MAX_BLOCK places, so that it begins where vectors do; what the rest of them hold is not used.
-    places = pad(pad(order, (0, count * size - len(order))).view(count, size), (0, MAX_BLOCK - size))
+    missing = MAX_BLOCK - size
+    places = _padded(_padded(order, count * size - len(order)).view(count, size), missing)
     columns = hessian[:, places.flatten()]
-    to_places = (0, MAX_BLOCK - size, 0, MAX_BLOCK - size)
     by_input = _by_position(weight)
     by_input[:, :rows] = error.T
     gained = torch.zeros(rows, dtype=torch.float64, device=weight.device)
-    matrices = [pad(matrix, to_places) for matrix in (within, feedback, upper)]
+    matrices = [_padded(matrix, missing, missing) for matrix in (within, feedback, upper)]
     tensors = [tensor.contiguous() for tensor in (weight, columns, order, *matrices, precision)]
     by_row = _Books(books)
     operands = Blocks(
@@ -183,6 +182,40 @@ def descend_in_blocks(
     _run("descend_in_blocks", weight, ctypes.byref(operands), by_row.reference)
     error.copy_(by_input[:, :rows].T)
     return gained
+
+
+def descend_jointly(
+    product: Tensor,
+    codes: Tensor,
+    tables: Tensor,
+    loss: Tensor,
+    hessian: Tensor,
+    order: Tensor,
+    *,
+    passes: int,
+    ridge: float,
+    threshold: float,
+) -> None:
+    """`quantlab_kernels.solver.descend_jointly`."""
+    (inputs, levels), hessian, order = (product.shape[1], tables.shape[1]), hessian.contiguous(), order.contiguous()
+    rows_at_a_time = max(1, _WORKSPACE_BYTES // (levels * inputs * product.element_size()))
+    for start in range(0, len(product), rows_at_a_time):
+        rows = slice(start, start + rows_at_a_time)
+        of_rows = [matrix[rows].contiguous() for matrix in (product, tables, loss)]
+        count = len(of_rows[0])
+        sums, gradient = product.new_empty(count, levels, inputs), product.new_empty(count, inputs)
+        matrices = loss.new_empty(count, 2, levels, levels)
+        operands = Joint(
+            *_pointers(of_rows[0], hessian, order, *of_rows[1:], codes[rows], sums, gradient, matrices),
+            ridge,
+            threshold,
+            count,
+            inputs,
+            len(order),
+            levels,
+            passes,
+        )
+        _run("descend_jointly", product, ctypes.byref(operands))
 
 
 def level_gram(codes: Tensor, hessian: Tensor, levels: int) -> Tensor:
@@ -326,8 +359,13 @@ def _sums_by_code(codes: Tensor, values: Tensor, levels: int) -> Tensor:
 
 
 def _vector_rows(matrix: Tensor) -> Tensor:
-    """The matrix by rows, each of which begins where vectors do; padded with zeros if need be."""
-    return pad(matrix, (0, -matrix.shape[1] % _VECTOR)) if matrix.shape[1] % _VECTOR else matrix.contiguous()
+    """The matrix by rows, each of which begins where vectors do."""
+    return _padded(matrix, -matrix.shape[1] % _VECTOR).contiguous()
+
+
+def _padded(tensor: Tensor, columns: int, rows: int = 0) -> Tensor:
+    """With columns and rows of zeros at the end; as it is where there are none to add."""
+    return pad(tensor, (0, columns, 0, rows) if rows else (0, columns)) if columns or rows else tensor
 
 
 def _by_position(weight: Tensor) -> Tensor:

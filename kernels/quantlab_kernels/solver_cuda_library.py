@@ -51,6 +51,7 @@ class Sweep(Structure):
         ("codes", c_void_p),
         ("error", c_void_p),
         ("loss", c_void_p),
+        ("rounded", c_void_p),
         ("feedback_pitch", c_int64),
         ("behind_pitch", c_int64),
         ("rows", c_int32),
@@ -91,7 +92,7 @@ class Blocks(Structure):
         ("order", c_void_p),
         ("within", c_void_p),
         ("feedback", c_void_p),
-        ("transposed", c_void_p),
+        ("upper", c_void_p),
         ("precision", c_void_p),
         ("error", c_void_p),
         ("codes", c_void_p),
@@ -102,6 +103,47 @@ class Blocks(Structure):
         ("inputs", c_int32),
         ("visited", c_int32),
         ("size", c_int32),
+    )
+
+
+class Factors(Structure):
+    """`Factors` of interface.h."""
+
+    _fields_ = (
+        ("hessian", c_void_p),
+        ("order", c_void_p),
+        ("within", c_void_p),
+        ("feedback", c_void_p),
+        ("upper", c_void_p),
+        ("precision", c_void_p),
+        ("failed", c_void_p),
+        ("damping", c_double),
+        ("inputs", c_int32),
+        ("visited", c_int32),
+        ("size", c_int32),
+    )
+
+
+class Joint(Structure):
+    """`Joint` of interface.h."""
+
+    _fields_ = (
+        ("product", c_void_p),
+        ("hessian", c_void_p),
+        ("order", c_void_p),
+        ("tables", c_void_p),
+        ("loss", c_void_p),
+        ("codes", c_void_p),
+        ("sums", c_void_p),
+        ("gradient", c_void_p),
+        ("matrices", c_void_p),
+        ("ridge", c_double),
+        ("threshold", c_double),
+        ("rows", c_int32),
+        ("inputs", c_int32),
+        ("visited", c_int32),
+        ("levels", c_int32),
+        ("passes", c_int32),
     )
 
 
@@ -135,7 +177,9 @@ def declare(library: ctypes.CDLL) -> None:
     arguments: dict[str, tuple[object, ...]] = {
         "sweep": (POINTER(Sweep), POINTER(Books)),
         "descend": (POINTER(Descent), POINTER(Books)),
+        "factor_blocks": (POINTER(Factors),),
         "descend_in_blocks": (POINTER(Blocks), POINTER(Books)),
+        "descend_jointly": (POINTER(Joint),),
         "sort_codes": (pointer, count, count, count, pointer, pointer),
         "sum_hessian_rows": (pointer, pointer, pointer, count, count, count, pointer),
         "sums_by_code": (pointer, pointer, count, count, count, count, pointer),

@@ -12,6 +12,7 @@ _SOURCES = (
     "solver_sweep.cpp",
     "solver_descent.cpp",
     "solver_blocks.cpp",
+    "solver_joint.cpp",
     "solver_gram.cpp",
     "solver_levels.cpp",
     "solver_kmeans.cpp",
@@ -67,6 +68,23 @@ class BlockOperands(Structure):
     )
 
 
+class JointOperands(Structure):
+    """`solver::Joint` of solver_joint.cpp."""
+
+    _fields_ = (
+        ("product", c_void_p),
+        ("hessian", c_void_p),
+        ("order", c_void_p),
+        ("rows", c_int64),
+        ("inputs", c_int64),
+        ("visited", c_int64),
+        ("levels", c_int64),
+        ("passes", c_int64),
+        ("ridge", c_double),
+        ("threshold", c_double),
+    )
+
+
 class CodebookOperands(Structure):
     """`solver::Codebooks` of solver_rounding.h."""
 
@@ -97,7 +115,7 @@ def declare(library: ctypes.CDLL) -> None:
     blocks, books = POINTER(BlockOperands), POINTER(CodebookOperands)
     pointer, count, threads = c_void_p, c_int64, c_int
     arguments: dict[str, tuple[object, ...]] = {
-        "solver_sweep": (sweep, books, pointer, pointer, pointer, pointer, threads),
+        "solver_sweep": (sweep, books, *(pointer,) * 5, threads),
         "solver_load_tiles": (sweep, pointer, threads),
         "solver_block_targets": (sweep, count, count, pointer, pointer, threads),
         "solver_round_block": (sweep, books, count, count, pointer, pointer, pointer, pointer, pointer, threads),
@@ -109,6 +127,8 @@ def declare(library: ctypes.CDLL) -> None:
         "solver_factor_blocks": (pointer, count, pointer, count, count, c_double, *(pointer,) * 4, threads),
         "solver_blocks_scratch": (count,),
         "solver_descend_in_blocks": (blocks, books, pointer, pointer, pointer, pointer, threads),
+        "solver_joint_scratch": (count, count),
+        "solver_descend_jointly": (POINTER(JointOperands), *(pointer,) * 4, threads),
         "solver_triangle_floats": (count,),
         "solver_pack_triangle": (pointer, count, pointer, threads),
         "solver_gram_scratch": (count, count),
@@ -132,6 +152,7 @@ _COUNTS = frozenset(
         "solver_descent_scratch",
         "solver_factor_blocks",
         "solver_blocks_scratch",
+        "solver_joint_scratch",
         "solver_triangle_floats",
         "solver_gram_scratch",
         "solver_kmeans_scratch",

@@ -12,12 +12,14 @@ from quantlab.api import Lut
 from quantlab.solvers.blocks import descend_in_blocks
 from quantlab.solvers.codebook import CodebookFit, Codebooks, LevelGram
 from quantlab.solvers.descent import descend
+from quantlab.solvers.joint import descend_jointly
 from quantlab.solvers.nearest import LutRounder
 from quantlab.solvers.sweep import Assignment, SweepFactor, sweep
 
 Keep = Literal["row", "layer"]
 _BLOCK_SIZE = 64
 _FEWEST_BLOCKS = 3  # a single block would be the sweep over again
+_MOST_INPUTS_PER_LEVEL = 32  # beyond, a table hardly feels the change of a single code
 _LAST_SWEEPS = 2
 _STORED_PRECISION = 1 << 11  # a float16 has eleven significant bits
 
@@ -74,8 +76,13 @@ class Alternation:
             yield candidate
 
     def polish(self, start: Candidate) -> Candidate:
-        """Block descent and a codebook step: the loss of no row rises."""
-        return self._refit(start.fitted.levels, self._assignment(start.fitted, start.loss), block_passes=1)
+        """Block descent and a codebook step; where few inputs share a level, joint descent, too. No loss rises."""
+        found = self._refit(start.fitted.levels, self._assignment(start.fitted, start.loss), block_passes=1)
+        if self.weight.shape[1] > _MOST_INPUTS_PER_LEVEL * found.fitted.levels.shape[1]:
+            return found
+        operands = (self.weight, found.fitted, found.loss, self.hessian, self.order, self._fit)
+        fitted, loss = descend_jointly(*operands, passes=1)
+        return best_of([found, Candidate(fitted=fitted, loss=loss)], "row")
 
     def settled_codes(self, fitted: Codebooks) -> Tensor:
         """The codes, (out_features, in_features), after a descent on the table's entries as float16 will store them."""

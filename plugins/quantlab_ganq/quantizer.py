@@ -11,7 +11,8 @@ has met is kept, row by row, judged by the undamped Hessian.
 
 By default we go beyond the published algorithm. Several first tables are tried. The assignment step ends with block
 descent (`quantlab.solvers.blocks`): the sweep commits to each code while later ones are still open, block descent sees
-them all. And once the alternation has found a good region, rounds of block descent and codebook step only descend.
+them all. And once the alternation has found a good region, rounds of block descent and codebook step only descend;
+where few inputs share a level, joint descent (`quantlab.solvers.joint`) moves codes and table together.
 """
 
 from collections.abc import Iterator
@@ -84,8 +85,8 @@ class GanqQuantizer:
             sweep's targets, weighted by its pivots and by their squares. "published" has fixed places in the range
             (4 bits) or among the quantiles (3 bits).
         block_passes: passes of block descent that end each assignment step; 0 as published.
-        polish_rounds: block descent and codebook step after the alternation, from the best answers; then the codes
-            descend once more on the table as float16 stores it. 0 leaves out both.
+        polish_rounds: block descent, codebook step and joint descent after the alternation, from the best answers; then
+            the codes descend once more on the table as float16 stores it. 0 leaves out all.
         keep: "row" keeps the best iterate of every row, "layer" that of the whole layer, as published.
         outlier_fraction: share of each row's weights that get a sparse correction (GANQ*).
         outlier_selection: "tails" takes both ends of each row. "cost" takes the weights that cost most when the row
@@ -110,14 +111,14 @@ class GanqQuantizer:
         },
     )
 
-    iterations: int = 5
+    iterations: int = 8
     column_order: ColumnOrder = "hessian_diagonal"
     damping: float = 0.01
     preconditioner: Preconditioner = "damping"
     shrinkage: bool = True
     start: Start = "screened"
     block_passes: int = 2
-    polish_rounds: int = 10
+    polish_rounds: int = 6
     keep: Keep = "row"
     outlier_fraction: float = 0.0
     outlier_selection: OutlierSelection = "tails"

@@ -10,7 +10,7 @@ from torch import Tensor
 from quantlab.api import Lut
 from quantlab.solvers.kmeans import kmeans_levels
 from quantlab.solvers.nearest import LutRounder
-from quantlab.solvers.sweep import SweepFactor, sweep
+from quantlab.solvers.sweep import SweepFactor, sweep_targets
 
 _KMEANS_ITERATIONS = 50
 _KMEANS_CELLS = 256
@@ -53,13 +53,10 @@ def target_table(weight: Tensor, levels: int, factor: SweepFactor, importance: T
     Returns:
         (out_features, levels), ascending.
     """
-    in_turn = importance[factor.columns]
-    table = weight_table(weight[:, factor.columns], levels, in_turn)
+    table = weight_table(weight, levels, importance)
     for _ in range(_TARGET_ROUNDS):
-        error = sweep(weight, factor, LutRounder(Lut(values=table[:, None]), weight.shape[1])).error
-        # v = w + e (L - 1) = ŵ + e L, with L scaled to a unit diagonal.
-        targets = torch.addmm((weight - error)[:, factor.columns], error[:, factor.columns], factor.feedback)
-        table = weight_table(targets, levels, in_turn)
+        targets = sweep_targets(weight, factor, LutRounder(Lut(values=table[:, None]), weight.shape[1]))
+        table = weight_table(targets, levels, importance)
     return table
 
 

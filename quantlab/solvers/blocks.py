@@ -60,7 +60,7 @@ def descend_in_blocks(
     live = order[hessian.diagonal()[order] > 0]
     lut, gained = Lut(values=levels[:, None]), torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     for _ in range(passes if len(live) else 0):
-        for columns in _draw(live, block_size, generator):
+        for columns in _draw(live, block_size, generator).split(block_size):
             coupled = hessian[columns]
             within, old = coupled[:, columns], error[columns]
             coupling = coupled @ error - within @ old
@@ -90,13 +90,10 @@ def _descend_natively(
     loss, tables = start.loss, LutRounder(Lut(values=levels[:, None]), weight.shape[1]).tiled()
     live = order[hessian.diagonal()[order] > 0]
     for _ in range(passes if len(live) else 0):
-        blocks = _draw(live, size, generator)
-        factors, failures = solver.factor_blocks(
-            hessian, torch.cat([block.flip(0) for block in blocks]), size, _DAMPING
-        )
+        factors, failures = solver.factor_blocks(hessian, _draw(live, size, generator, flipped=True), size, _DAMPING)
         if failures:
             raise NumericalError(
-                f"{failures} of {len(blocks)} blocks of the Hessian are not positive definite, which they are if it is "
+                f"{failures} blocks of {size} inputs of the Hessian are not positive definite, which they are if it is "
                 "a mean of x xᵀ: check the calibration statistics"
             )
         gained = solver.descend_in_blocks(weight, codes, error, hessian, factors, tables)
@@ -104,10 +101,12 @@ def _descend_natively(
     return Assignment(codes=codes, error=error, loss=loss)
 
 
-def _draw(columns: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Random blocks, each in the order in which its inputs are quantized."""
-    drawn = torch.randperm(len(columns), generator=generator).to(columns.device)
-    return tuple(columns[part.sort().values] for part in drawn.split(size))
+def _draw(columns: Tensor, size: int, generator: torch.Generator, *, flipped: bool = False) -> Tensor:
+    """Random blocks one after the other, each in the order in which its inputs are quantized, or in the reverse."""
+    drawn = torch.randperm(len(columns), generator=generator)
+    # On the CPU: on another device, every block would be a launch.
+    places = torch.cat([part.sort(descending=flipped).values for part in drawn.split(size)])
+    return columns[places.to(columns.device)]
 
 
 def _factor(hessian: Tensor, dtype: torch.dtype) -> SweepFactor:

@@ -75,12 +75,15 @@ class CodebookFit:
         weight: (out_features, in_features).
         hessian: (in_features, in_features), undamped, in the dtype of the weight.
         gram: of this Hessian; whoever fits several weights makes it once.
+
+    Attributes:
+        product: the weight times the Hessian, (out_features, in_features).
     """
 
     def __init__(self, weight: Tensor, hessian: Tensor, gram: LevelGram | None = None) -> None:
         self._hessian = hessian
         self._gram = gram or LevelGram(hessian)
-        self._product = _times(weight, hessian)
+        self.product = _times(weight, hessian)
 
     def refit(self, levels: Tensor, assignment: Assignment) -> tuple[Codebooks, Tensor]:
         """Refit levels as `refit_codebook` does.
@@ -103,7 +106,7 @@ class CodebookFit:
         for rows in _chunks(assignment.codes, count):
             codes = assignment.codes[rows]
             gram = self._gram(codes, count)
-            right = _sums_by_code(codes, self._product[rows], count) - _times_rows(gram, levels[rows])
+            right = _sums_by_code(codes, self.product[rows], count) - _times_rows(gram, levels[rows])
             correction = _solve_scaled(gram, right, precision)
             change = ((_times_rows(gram, correction) - 2 * right) * correction).sum(dim=1)
             corrections.append(correction)

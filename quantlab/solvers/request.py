@@ -11,7 +11,7 @@ from quantlab_kernels import solver
 from quantlab_kernels.solver_tiles import LANES
 
 _CHUNKS = 8
-_FEWEST_ROWS_PER_THREAD = 1 * LANES
+_FEWEST_ROWS_PER_THREAD = LANES
 
 
 def check_request(problem: LayerProblem, info: QuantizerInfo) -> None:

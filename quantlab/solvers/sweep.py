@@ -129,9 +129,7 @@ def sweep(
     """
     if not is_native(nearest, weight, factor.feedback):
         return _sweep_by_columns(weight, factor, nearest, block_size, enter_block)
-    energy, shift = factor.loss_terms()
-    unit = energy.max().item() or 1.0  # the square of a small pivot need not be a float32
-    operands = (weight, factor.columns, factor.feedback, (energy / unit).float(), (shift / unit).float())
+    operands, unit = _native_operands(weight, factor)
     if enter_block is None:
         state = solver.SweepProblem(*operands)
         error = state.sweep(nearest.tiled())
@@ -139,6 +137,32 @@ def sweep(
         state = solver.BlockwiseSweep(*operands)
         error = _sweep_by_blocks(state, weight, factor, nearest, block_size, enter_block)
     return Assignment(codes=state.codes, error=error, loss=unit * state.loss)
+
+
+def sweep_targets(weight: Tensor, factor: SweepFactor, nearest: ColumnRounder) -> Tensor:
+    """What a sweep rounds: the targets v, (out_features, in_features) in the natural order of columns.
+
+    Args:
+        weight: (out_features, in_features) in the dtype of the factor.
+        factor: of the Hessian of the layer's inputs.
+        nearest: rounds one column of targets.
+    """
+    if is_native(nearest, weight, factor.feedback):
+        operands, _ = _native_operands(weight, factor)
+        return solver.SweepProblem(*operands).targets(nearest.tiled())
+    error = sweep(weight, factor, nearest).error
+    # v = w + e (L - 1) = ŵ + e L, with L scaled to a unit diagonal.
+    targets = torch.addmm((weight - error)[:, factor.columns], error[:, factor.columns], factor.feedback)
+    return targets[:, inverse_order(factor.columns)]
+
+
+def _native_operands(
+    weight: Tensor, factor: SweepFactor
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], float]:
+    """What a native sweep takes, and the unit of its losses."""
+    energy, shift = factor.loss_terms()
+    unit = energy.max().item() or 1.0  # the square of a small pivot need not be a float32
+    return (weight, factor.columns, factor.feedback, (energy / unit).float(), (shift / unit).float()), unit
 
 
 def _sweep_by_columns(
@@ -183,7 +207,7 @@ def _sweep_by_blocks(
     for end in range(weight.shape[1], 0, -block_size):
         start = max(0, end - block_size)
         columns = factor.columns[start:end]
-        targets = state.targets(start, end)
+        targets = state.block_targets(start, end)
         by_column = targets.transpose(0, 1).flatten(1)[:, : len(weight)]
         enter_block(columns, _updated(weight.T[columns], by_column, factor.feedback[start:end, start:end]))
         state.round(start, end, targets, nearest.tiled())

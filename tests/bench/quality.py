@@ -1,14 +1,17 @@
-"""How good every method is, layer by layer and without learning by heart: `python tests/bench/quality.py`.
+"""How good every method is, layer by layer and end to end, without learning by heart: `python tests/bench/quality.py`.
 
 Each layer is solved with the Hessian of one text and measured with that of another, too. Figures are layer losses
 relative to those of GPTQ, its default being act-order, as geometric means over layers: below 1 is better. Layers are
-those of a model, on its calibration and held-out text, and synthetic ones, on two draws of the same inputs.
-A method is written NAME, or NAME:PRESET.
+those of a model, on its calibration and held-out text, and synthetic ones, on two draws of the same inputs;
+`--every-layer` prints each of them. `--end-to-end` adds what `quantlab compare` says about the whole model: divergence
+from the float model and perplexity on held-out text. A method is written NAME, or NAME@PRESET.
 """
 
 import argparse
 import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -73,11 +76,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--methods", nargs="+", default=usable_methods())
-    parser.add_argument("--seeds", type=int, default=3, help="synthetic layers; 0 for none")
+    parser.add_argument("--seeds", type=int, default=3, help="synthetic layers, and runs end to end; 0 for neither")
     parser.add_argument("--model", default="demo", help="folder, hub id or alias; none for synthetic layers only")
     parser.add_argument("--text", default="stdlib", help="text source for the layers of the model")
     parser.add_argument("--samples", type=int, default=16, help="windows of each text")
     parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--every-layer", action="store_true", help="print every layer of the model, too")
+    parser.add_argument("--end-to-end", type=Path, metavar="FOLDER", help="compare whole models; runs are kept there")
     parser.add_argument("--json", type=Path, help="write the record here")
     arguments = parser.parse_args()
     methods = list(dict.fromkeys([REFERENCE, BASELINE, *arguments.methods]))
@@ -87,7 +92,11 @@ def main() -> None:
         samples += [("model", sample) for sample in model_layers(arguments.model, *texts)]
     losses = [loss for bits in arguments.bits for loss in measure(samples, methods, bits)]
     rows = [row for bits in arguments.bits for kind in ("synthetic", "model") for row in summarize(losses, kind, bits)]
+    if arguments.every_layer:
+        print_layers([loss for loss in losses if loss.kind == "model"])
     print_rows(rows)
+    if arguments.end_to_end and arguments.model != "none" and arguments.seeds:
+        subprocess.run(comparison_command(arguments, methods), check=True)
     if arguments.json:
         record = {"rows": [asdict(row) for row in rows], "layers": [asdict(loss) for loss in losses]}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -99,8 +108,8 @@ def usable_methods() -> list[str]:
 
 
 def configured(method: str) -> LayerQuantizer:
-    """A method by NAME or NAME:PRESET."""
-    name, _, preset = method.partition(":")
+    """A method by NAME or NAME@PRESET."""
+    name, _, preset = method.partition("@")
     return registry.configure(name, preset=preset or None, options={})
 
 
@@ -187,10 +196,35 @@ def summarize(losses: Sequence[Losses], kind: Kind, bits: int) -> Iterator[Row]:
         )
 
 
+def comparison_command(arguments: argparse.Namespace, methods: Sequence[str]) -> list[str]:
+    """`quantlab compare` of the same methods on the same texts."""
+    samples, length = str(arguments.samples), str(arguments.sequence_length)
+    command = [sys.executable, "-m", "quantlab", "compare", *methods, "--model", arguments.model, "--dtype", "float32"]
+    command += ["--bits", ",".join(map(str, arguments.bits)), "--seeds", str(arguments.seeds)]
+    command += ["--calibration", arguments.text, "--perplexity", arguments.text, "--num-samples", samples]
+    command += ["--num-windows", samples, "--sequence-length", length, "--output-dir", str(arguments.end_to_end)]
+    return [*command, "--quiet"]
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     """exp of the mean logarithm."""
     logarithms = [math.log(value) for value in values]
     return math.exp(sum(logarithms) / len(logarithms))
+
+
+def print_layers(losses: Sequence[Losses]) -> None:
+    """Every layer: losses relative to those of GPTQ."""
+    reference = {(loss.bits, loss.layer): loss for loss in losses if loss.method == REFERENCE}
+    table = Table(header_style="bold")
+    for title in ("layer", "method"):
+        table.add_column(title, no_wrap=True)
+    for title in ("bits", "calibration", "held-out"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for loss in losses:
+        gptq = reference[loss.bits, loss.layer]
+        figures = (loss.calibration / gptq.calibration, loss.held_out / gptq.held_out)
+        table.add_row(loss.layer, loss.method, str(loss.bits), *(f"{value:.3f}" for value in figures))
+    Console(width=140).print(table)
 
 
 def print_rows(rows: Sequence[Row]) -> None:

@@ -10,7 +10,7 @@ import ctypes
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,11 +35,13 @@ from quantlab_quantease import QuanteaseQuantizer
 sys.path.append(str(Path(__file__).parents[1] / "oracles"))
 from textbook_ganq import textbook_ganq
 
+METHODS = ["textbook", "paper", "best", "gptq", "quantease"]
 SHAPES = ["1024x1024", "2048x2048", "4096x4096", "4096x11008"]
 DAMPING = 0.01
 PAPER = GanqQuantizer.info.presets["paper"]
 KMEANS_ITERATIONS, KMEANS_CELLS = 50, 256
 MOST_FACTORS = 1024
+REPEATED = 1 << 22  # weights up to which whole methods are repeated, too
 LIBC = ctypes.CDLL(None)
 
 
@@ -130,21 +132,31 @@ class Bench:
         yield self.row("descent, one pass", lambda: discard(descend(*operands, sweeps=1)), repeat=repeat)
         yield self.row("block descent, one pass", lambda: discard(self.block_pass(start, tables, order)), repeat=repeat)
 
-    def methods(self, textbook_iterations: int) -> Iterator[Row]:
+        def iterate() -> None:
+            fit.refit(tables, sweep(weight, factor, rounder))
+
+        yield self.row("one iteration of GANQ", iterate, repeat=repeat)
+
+    def methods(self, chosen: Sequence[str], textbook_iterations: int) -> Iterator[Row]:
         """Whole methods; the textbook and GANQ with as few iterations first."""
 
         def textbook() -> Tensor:
             return textbook_ganq(self.weight, self.hessian, self.first_tables(), textbook_iterations, DAMPING)[0]
 
         same = GanqQuantizer(**{**PAPER, "iterations": textbook_iterations})
-        paper = GanqQuantizer(**PAPER)
-        yield self.row("textbook GANQ", textbook, iterations=textbook_iterations)
-        yield self.row("ganq, paper", self.solved_by(same), iterations=textbook_iterations)
-        if paper != same:
-            yield self.row("ganq, paper", self.solved_by(paper), iterations=paper.iterations)
-        yield self.row("ganq, default", self.solved_by(GanqQuantizer()), iterations=GanqQuantizer().iterations)
-        yield self.row("gptq", self.solved_by(GptqQuantizer()))
-        yield self.row("quantease", self.solved_by(QuanteaseQuantizer()), iterations=QuanteaseQuantizer().iterations)
+        paper, best, quantease = GanqQuantizer(**PAPER), GanqQuantizer(), QuanteaseQuantizer()
+        repeat = self.repeat if self.weight.numel() <= REPEATED else 1
+        if "textbook" in chosen:
+            yield self.row("textbook GANQ", textbook, iterations=textbook_iterations)
+            yield self.row("ganq, paper", self.solved_by(same), iterations=textbook_iterations, repeat=repeat)
+        if "paper" in chosen and not ("textbook" in chosen and paper == same):
+            yield self.row("ganq, paper", self.solved_by(paper), iterations=paper.iterations, repeat=repeat)
+        if "best" in chosen:
+            yield self.row("ganq, best", self.solved_by(best), iterations=best.iterations, repeat=repeat)
+        if "gptq" in chosen:
+            yield self.row("gptq", self.solved_by(GptqQuantizer()), repeat=repeat)
+        if "quantease" in chosen:
+            yield self.row("quantease", self.solved_by(quantease), iterations=quantease.iterations, repeat=repeat)
 
     def first_tables(self) -> Tensor:
         """The tables that the paper preset starts with: (out_features, levels)."""
@@ -232,7 +244,8 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, default=[3, 4])
     parser.add_argument("--repeat", type=int, default=3, help="runs of a stage, of which the fastest counts")
     parser.add_argument("--textbook-iterations", type=int, help="default: 10 for small layers, fewer for large ones")
-    parser.add_argument("--stages-only", action="store_true", help="leave out whole methods")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS, help="whole methods; none for stages")
+    parser.add_argument("--no-stages", action="store_true", help="whole methods only")
     parser.add_argument("--cpu-time", action="store_true", help="one thread and its own time, for busy machines")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     options = parser.parse_args()
@@ -244,9 +257,9 @@ def main() -> None:
         weight, hessian = synthetic_layer(out_features, in_features)
         for bits in options.bits:
             bench = Bench(weight, hessian, bits, options.repeat)
-            rows = list(bench.stages())
-            if not options.stages_only:
-                rows += bench.methods(options.textbook_iterations or few_iterations(in_features))
+            iterations = options.textbook_iterations or few_iterations(in_features)
+            rows = [] if options.no_stages else list(bench.stages())
+            rows += bench.methods(options.methods, iterations)
             console.print(render(rows, 4 * weight.numel(), f"{shape} (out x in), {bits} bits"))
             everything += rows
     environment = {"threads": torch.get_num_threads(), "torch": torch.__version__, "kernels": status()}

@@ -5,12 +5,13 @@ import torch
 
 from quantlab.api import CodebookSpec, Lut, UniformGrid, layer_loss
 from quantlab.solvers.blocks import descend_in_blocks
-from quantlab.solvers.codebook import CodebookFit, LevelGram, refit_codebook
+from quantlab.solvers.codebook import CodebookFit, Codebooks, LevelGram, refit_codebook
 from quantlab.solvers.descent import descend, relax, round_descending
 from quantlab.solvers.grid import minmax_grid
+from quantlab.solvers.joint import descend_jointly
 from quantlab.solvers.kmeans import kmeans_levels
 from quantlab.solvers.nearest import GridRounder, LutRounder
-from quantlab.solvers.sweep import Assignment, factor_for_sweep, sweep
+from quantlab.solvers.sweep import Assignment, factor_for_sweep, sweep, sweep_targets
 from quantlab_kernels import solver
 from quantlab_kernels.build import BuildError, build_library
 from quantlab_kernels.isa import Isa, detected_isa
@@ -105,6 +106,7 @@ def test_every_level_of_a_sweep_is_nearest_to_its_target(library, kind, rows, in
     targets = torch.empty_like(errors)
     targets[:, factor.columns] = weight.double()[:, factor.columns] + errors @ strict
     assert (excess_distance(targets, result.codes, codebook) <= 1e-5 * targets.abs().amax()).all()
+    torch.testing.assert_close(sweep_targets(weight, factor, rounder).double(), targets, rtol=1e-4, atol=1e-4)
     loss = layer_loss(weight, weight.double() - result.error.double(), hessian)
     torch.testing.assert_close(result.loss, loss, rtol=1e-4, atol=1e-5 * loss.max().item())
 
@@ -200,6 +202,41 @@ def test_kmeans_is_that_of_the_reference(library, monkeypatch, weighted, cells):
     torch.testing.assert_close(native, kmeans_levels(rows, 5, 30, weights, cells=cells), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize(("rows", "inputs"), SHAPES)
+def test_losses_are_those_in_double_precision(library, rows, inputs):
+    error, hessian = problem(rows, inputs)
+    expected = layer_loss(error, torch.zeros_like(error), hessian)
+    torch.testing.assert_close(solver.row_losses(error, hessian), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("size", [7, 64])
+def test_factors_of_blocks_are_those_of_their_damped_hessians(library, size):
+    _, hessian = problem(1, 150)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(13))[:140]
+    factors, failures = solver.factor_blocks(hessian, order, size, 0.01)
+    assert failures == 0
+    for index, block in enumerate(order.split(size)):
+        count = len(block)
+        expected = hessian[block][:, block]
+        assert torch.equal(factors.within[index, :count, :count], expected)
+        unit = factors.feedback[index, :count, :count].double()
+        assert torch.equal(factors.upper[index, :count, :count].double(), unit.T)
+        assert torch.equal(unit.diagonal(), torch.ones(count, dtype=torch.float64))
+        squares = factors.precision[size * index : size * index + count].double().reciprocal()
+        damped = expected.double() + 0.01 * expected.diagonal().double().mean() * torch.eye(count)
+        torch.testing.assert_close(unit * squares @ unit.T, damped, rtol=1e-5, atol=1e-5 * damped.max().item())
+
+
+def test_blocks_that_are_singular_are_damped_more_and_indefinite_ones_are_counted(library):
+    order = torch.arange(6)
+    factors, failures = solver.factor_blocks(torch.ones(6, 6), order, 3, 0.0)
+    assert failures == 0
+    assert torch.isfinite(factors.precision).all()
+    indefinite = torch.block_diag(torch.eye(3), torch.full((3, 3), 9.0) - 8 * torch.eye(3))
+    indefinite[4, 5] = indefinite[5, 4] = -9.0
+    assert solver.factor_blocks(indefinite, order, 3, 0.01)[1] == 1
+
+
 @pytest.mark.parametrize("dead", [0, 5])
 def test_block_descent_keeps_what_its_losses_say(library, dead):
     weight, hessian = problem(70, 150, dead)
@@ -223,6 +260,27 @@ def test_block_descent_keeps_what_its_losses_say(library, dead):
     assert (native.codes != exact.codes).double().mean() < 0.02
     expected = layer_loss(weight, weight.double() - exact.error, hessian).sum()
     torch.testing.assert_close(final.sum(), expected, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("dead", [0, 5])
+@pytest.mark.parametrize("levels", [2, 5, 16])
+def test_joint_descent_is_that_of_the_reference(library, monkeypatch, levels, dead):
+    weight, hessian = problem(20, 90, dead)
+    table = tables(20, levels).values[:, 0]
+    codes = (weight[..., None] - table[:, None]).abs().argmin(dim=2).to(torch.uint8)
+    start, order = Codebooks(levels=table, codes=codes), torch.arange(90).flip(0)
+    loss = layer_loss(weight, start.dequantize(), hessian)
+
+    def run():
+        return descend_jointly(weight, start, loss, hessian, order, CodebookFit(weight, hessian), passes=3)
+
+    fitted, found = run()
+    assert (found <= loss * (1 + 1e-5)).all()
+    torch.testing.assert_close(found, layer_loss(weight, fitted.dequantize(), hessian), rtol=1e-4, atol=0)
+    monkeypatch.setattr(LIBRARY, "get", lambda: None)
+    expected, expected_loss = run()
+    assert (fitted.codes != expected.codes).double().mean() < 0.02
+    torch.testing.assert_close(found.sum(), expected_loss.sum(), rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize("levels", [2, 5, 16, 17, 256])

@@ -7,6 +7,7 @@ from quantlab.api import Lut
 from quantlab.solvers.blocks import descend_in_blocks
 from quantlab.solvers.codebook import CodebookFit
 from quantlab.solvers.descent import descend, relax
+from quantlab.solvers.joint import descend_jointly
 from quantlab.solvers.nearest import LutRounder
 from quantlab.solvers.sweep import factor_for_sweep, sweep
 from quantlab_kernels import solver
@@ -48,7 +49,9 @@ def everything(rows):
     generator = torch.Generator().manual_seed(5)
     operands = (weight, descended, table, hessian(), torch.arange(INPUTS))
     blocks = descend_in_blocks(*operands, passes=1, generator=generator)
-    fitted, loss = CodebookFit(weight, hessian()).refit(table, blocks)
+    fit = CodebookFit(weight, hessian())
+    fitted, loss = fit.refit(table, blocks)
+    joint, joint_loss = descend_jointly(weight, fitted, loss, hessian(), torch.arange(INPUTS), fit, passes=2)
     relaxed = relax(descended.error, hessian(), torch.arange(INPUTS))
     return [
         swept.codes,
@@ -57,6 +60,8 @@ def everything(rows):
         descended.codes,
         descended.loss,
         blocks.codes,
+        joint.codes,
+        joint_loss,
         fitted.levels,
         loss,
         relaxed,

@@ -80,8 +80,8 @@ def test_blocks_improve_on_codes_that_no_single_change_improves(make_layer):
         nearest = LutRounder(Lut(values=levels[:, None]), 96)
         stuck = descend(layer.weight, start_of(layer, levels), layer.hessian, torch.arange(96), nearest, sweeps=100)
         before += row_losses(layer, stuck).sum().item()
-        after += row_losses(layer, improve(layer, stuck, levels, passes=3, block_size=32)).sum().item()
-    assert after < 0.95 * before
+        after += row_losses(layer, improve(layer, stuck, levels, passes=8, block_size=32)).sum().item()
+    assert after < 0.9 * before
 
 
 def test_no_answer_is_below_the_optimum_and_most_reach_it(make_layer):

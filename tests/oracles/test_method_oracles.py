@@ -83,10 +83,10 @@ def test_more_iterations_never_raise_the_loss_of_any_row(make_layer):
 
 def test_more_polish_never_raises_the_loss_of_any_row(make_layer):
     problem = make_layer(seed=2).problem(bits=3)
-    quantizers = [GanqQuantizer(iterations=2, shrinkage=False, polish_rounds=count) for count in (0, 1, 2, 4, 12)]
+    quantizers = [GanqQuantizer(iterations=2, shrinkage=False, polish_rounds=count) for count in (0, 1, 2, 4, 24)]
     losses = torch.stack([row_losses(quantizer, problem) for quantizer in quantizers])
     assert (losses.diff(dim=0) <= 1e-3 * losses[0]).all()  # a table that is stored in float16 costs a little
-    assert losses[-1].sum() < 0.97 * losses[0].sum()
+    assert losses[-1].sum() < 0.95 * losses[0].sum()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -10,13 +10,13 @@ BENCHMARK = Path(__file__).parents[1] / "bench" / "quality.py"
 
 def test_the_quality_benchmark_ranks_methods_on_synthetic_layers(tmp_path):
     target = tmp_path / "quality.json"
-    command = [sys.executable, BENCHMARK, "--bits", "3", "--methods", "ganq:paper", "lnq", "--seeds", "1"]
+    command = [sys.executable, BENCHMARK, "--bits", "3", "--methods", "ganq@paper", "lnq", "--seeds", "1"]
     done = subprocess.run([*command, "--model", "none", "--json", target], check=True, capture_output=True, text=True)
-    assert "ganq:paper" in done.stdout
+    assert "ganq@paper" in done.stdout
     rows = {row["method"]: row for row in json.loads(target.read_text())["rows"]}
     assert rows["gptq"]["calibration"] == rows["gptq"]["held_out"] == rows["rtn"]["worst_against_rtn"] == 1
-    assert rows["ganq:paper"]["held_out"] < 1 < rows["rtn"]["held_out"]
-    assert rows["ganq:paper"]["worst_against_rtn"] < 1
+    assert rows["ganq@paper"]["held_out"] < 1 < rows["rtn"]["held_out"]
+    assert rows["ganq@paper"]["worst_against_rtn"] < 1
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from quantlab_kernels import (
     cuda_library,
     pack_codes,
     solver,
+    solver_cuda,
     solver_cuda_library,
     solver_library,
     uniform_levels,
@@ -170,3 +171,33 @@ def emulation(host_library, monkeypatch):
     monkeypatch.setattr(cuda_library, "multiprocessors", lambda device: 4)
     host_library.emulation_set_order(0, 0)
     return host_library
+
+
+@pytest.fixture(
+    params=[
+        "emulated",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ]
+)
+def device(request):
+    """Where the kernels of the solvers run, and where their operands are."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulation")
+        return torch.device("cpu")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def kernels_run(monkeypatch):
+    """The names of the kernels in the order of their launches."""
+    names, run = [], solver_cuda._run
+
+    def record(name, *arguments):
+        names.append(name)
+        run(name, *arguments)
+
+    monkeypatch.setattr(solver_cuda, "_run", record)
+    return names

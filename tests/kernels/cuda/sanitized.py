@@ -40,7 +40,7 @@ for groups in (1, GROUPS):
         blockwise = solver.BlockwiseSweep(weight, order, feedback, unit, unit)
         for end in range(INPUTS, 0, -SIZE):
             start = max(0, end - SIZE)
-            blockwise.round(start, end, blockwise.targets(start, end), book)
+            blockwise.round(start, end, blockwise.block_targets(start, end), book)
         codes = solver.round_descending(weight, error, hessian, order, book)
         solver.descend(weight, codes, error, hessian, order, book, sweeps=2, closer=1.0)
 solver.relax(error, hessian, order)
@@ -49,6 +49,9 @@ for count in (3, 8, 40):
     gram = solver.HessianTriangle(hessian).level_gram(codes, count)
     right = solver.sums_by_code(codes, weight, count)
     solution, _ = solver.solve_levels(gram, right, ridge=1e-6, growth=100.0, attempts=3)
+    loss = solver.row_losses(weight, hessian)
+    operands = (weight @ hessian, codes.clone(), solution.float(), loss, hessian, order)
+    solver.descend_jointly(*operands, passes=2, ridge=1e-9, threshold=1e-6)
     solver.relabel(codes, codes[:, :count])
     solver.select_levels(codes, solution.float())
 torch.cuda.synchronize()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ def record(bench):
         "device": {"name": "Invented 1", "capability": "9.0", "torch": "2.13.0", "cuda": "13.0"},
         "dtype": "float16",
         "copy_gb_per_s": 2000.0,
+        "refusals": [],
         "rows": [
             row(small, 1, "cublas", None, 10.0, 2 << 20),
             row(small, 1, "4 bits, row", 4, 4.0, 1 << 19),
@@ -82,6 +84,25 @@ def test_first_line_names_device_and_versions(bench, record):
     assert bench.render(record).splitlines()[0] == (
         "Invented 1 (compute capability 9.0), torch 2.13.0, CUDA 13.0, float16, copy 2000 GB/s"
     )
+
+
+def test_other_projects_are_measured_where_they_are_installed(load, bench, monkeypatch):
+    def matmul_kbit(x, planes, table, bits):
+        assert (planes.shape, table.shape, bits) == ((3, 64, 4), (64, 8), 3)
+        if len(x) == 2:
+            raise RuntimeError("no two tokens")
+
+    monkeypatch.setitem(sys.modules, "any_precision_ext", SimpleNamespace(matmul_kbit=matmul_kbit))
+    monkeypatch.setattr(bench.peers, "_random_words", lambda *shape: torch.zeros(shape, dtype=torch.int32))
+    monkeypatch.setattr(bench, "copies", lambda nbytes: 2)
+    monkeypatch.setattr(bench, "time_calls", lambda calls, captured: [call() for call in calls] and (3.0, 2.0, 4.0))
+    monkeypatch.setattr(bench, "measure_kernel", lambda *arguments, captured: "ours")
+    refusals = []
+    (row, ours) = bench.measure_peers(torch.zeros(1, 128).half(), 64, 3, refusals)
+    assert (row.variant, row.us, ours) == ("3 bits, Any-Precision, call by call", 3.0, "ours")
+    assert bench.measure_peers(torch.zeros(9, 128).half(), 64, 3, refusals) == []
+    assert bench.measure_peers(torch.zeros(2, 128).half(), 64, 3, refusals) == []
+    assert refusals == ["3 bits, Any-Precision, call by call, 64 x 128, 2 tokens: no two tokens"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

@@ -4,53 +4,31 @@ Without a device, the source of the kernels is executed on the host. Where all n
 two, sums in float32 are exact in any order, so that results must be those of float64 to the last bit.
 """
 
+import ast
 import ctypes
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantlab.api import CodebookSpec, Lut, UniformGrid, layer_loss
 from quantlab.solvers.blocks import descend_in_blocks
 from quantlab.solvers.cholesky import damped_cholesky
-from quantlab.solvers.codebook import CodebookFit, level_gram, refit_codebook
+from quantlab.solvers.codebook import CodebookFit, Codebooks, LevelGram, refit_codebook
 from quantlab.solvers.descent import descend, relax, round_descending
 from quantlab.solvers.grid import minmax_grid
+from quantlab.solvers.joint import descend_jointly
 from quantlab.solvers.kmeans import kmeans_levels
 from quantlab.solvers.nearest import GridRounder, LutRounder
-from quantlab.solvers.sweep import Assignment, SweepFactor, factor_for_sweep, sweep
+from quantlab.solvers.sweep import Assignment, SweepFactor, factor_for_sweep, sweep, sweep_targets
 from quantlab_kernels import solver, solver_cuda, solver_cuda_library, status
 
 FORWARD, BACKWARD, RANDOM = range(3)
-ON_DEVICE = pytest.param(
-    "cuda",
-    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-)
 # One panel and several, ragged rows, and inputs that are no multiple of a vector.
 SHAPES = [(1, 1), (5, 31), (33, 130), (34, 301)]
 KINDS = ["table of 2", "table of 8", "table of 32", "table of 40", "grid of 4", "grid of 16"]
-
-
-@pytest.fixture(params=["emulated", ON_DEVICE])
-def device(request):
-    """Where the kernels run, and where their operands are."""
-    if request.param == "emulated":
-        request.getfixturevalue("emulation")
-        return torch.device("cpu")
-    return torch.device(request.param)
-
-
-@pytest.fixture
-def kernels_run(monkeypatch):
-    """The names of the kernels in the order of their launches."""
-    names, run = [], solver_cuda._run
-
-    def record(name, *arguments):
-        names.append(name)
-        run(name, *arguments)
-
-    monkeypatch.setattr(solver_cuda, "_run", record)
-    return names
 
 
 def seeded(seed):
@@ -146,6 +124,16 @@ def test_sweep_is_that_of_float64(rows, inputs, kind, device, kernels_run):
     assert torch.equal(on_host(found.codes), expected.codes)
     same(found.error, expected.error)
     torch.testing.assert_close(on_host(found.loss), expected.loss, rtol=1e-6, atol=1e-6)
+
+
+def test_targets_of_a_sweep_are_those_of_float64(device, kernels_run):
+    rows, inputs = 33, 150
+    weight, codebook = whole(-16, 16, rows, inputs) / 8, dyadic_codebook("table of 8", rows)
+    exact = rounder(moved(codebook, "cpu", torch.float64), inputs)
+    expected = sweep_targets(weight.double(), dyadic_factor(inputs, "cpu", torch.float64), exact)
+    native = rounder(moved(codebook, device, torch.float32), inputs)
+    same(sweep_targets(weight.to(device), dyadic_factor(inputs, device, torch.float32), native), expected)
+    assert kernels_run == ["sweep"]
 
 
 @pytest.mark.parametrize("kind", ["table of 8", "table of 40", "grid of 16"])
@@ -281,7 +269,7 @@ def test_block_descent_keeps_what_its_losses_say(rows, inputs, size, dead, devic
         return descend_in_blocks(*operands, passes=2, generator=seeded(18), block_size=size)
 
     native = run(weight, Assignment(codes=codes, error=error, loss=loss), table, hessian)
-    assert kernels_run == ["descend_in_blocks"] * 2
+    assert kernels_run == ["factor_blocks", "descend_in_blocks"] * 2
     assert torch.equal(native.error, weight - table.gather(1, native.codes.long()))
     assert (native.codes[:, : min(dead, inputs - 1)] == 0).all()
     final = layer_loss(weight, weight.double() - native.error.double(), hessian)
@@ -321,6 +309,30 @@ def test_losses_of_rows_are_those_of_float64(device):
     torch.testing.assert_close(solver.row_losses(error, hessian), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("dead", [0, 5])
+@pytest.mark.parametrize("levels", [2, 5, 16])
+def test_joint_descent_is_that_of_pytorch(levels, dead, device, kernels_run, monkeypatch):
+    monkeypatch.setattr(solver_cuda, "_WORKSPACE_BYTES", 5 * levels * 60 * 4)
+    weight, hessian = problem(9, 60, device, dead)
+    table = torch.randn(9, levels, generator=seeded(34)).sort(dim=1).values.to(device)
+    codes = (weight[..., None] - table[:, None]).abs().argmin(dim=2).to(torch.uint8)
+    start, order = Codebooks(levels=table, codes=codes), torch.arange(60, device=device).flip(0)
+    loss = layer_loss(weight, start.dequantize(), hessian)
+
+    def run():
+        return descend_jointly(weight, start, loss, hessian, order, CodebookFit(weight, hessian), passes=3)
+
+    fitted, found = run()
+    assert kernels_run.count("descend_jointly") == 2, "five rows, then four"
+    assert (found <= loss * (1 + 1e-5)).all()
+    # The codebook step rounds relative to the weight, of whose loss this one is a small part.
+    torch.testing.assert_close(found, layer_loss(weight, fitted.dequantize(), hessian), rtol=1e-3, atol=0)
+    monkeypatch.setattr(solver_cuda_library.LIBRARY, "get", lambda: None)
+    expected, expected_loss = run()
+    assert (fitted.codes != expected.codes).double().mean() < 0.02
+    torch.testing.assert_close(found.sum(), expected_loss.sum(), rtol=5e-3, atol=0)
+
+
 @pytest.mark.parametrize("levels", [2, 4, 5, 16, 17])
 @pytest.mark.parametrize("inputs", [1, 33, 223, 225, 500])
 def test_gram_is_the_sum_of_the_hessian_over_pairs_of_codes(inputs, levels, device, kernels_run):
@@ -329,7 +341,7 @@ def test_gram_is_the_sum_of_the_hessian_over_pairs_of_codes(inputs, levels, devi
     codes = torch.randint(0, levels, (19, inputs), generator=seeded(20)).to(torch.uint8)
     codes[0] = levels - 1
     members = torch.nn.functional.one_hot(codes.long(), levels).double()
-    gram = level_gram(codes.to(device), hessian.to(device), levels)
+    gram = LevelGram(hessian.to(device))(codes.to(device), levels)
     assert kernels_run == ["sort_codes", "sum_hessian_rows", "sums_by_code"]
     same(gram, members.mT @ hessian.double() @ members)
 
@@ -340,7 +352,7 @@ def test_gram_of_256_levels_in_chunks_of_rows(device, kernels_run, monkeypatch):
     hessian = hessian + hessian.T
     codes = torch.randint(0, 256, (3, 40), generator=seeded(22)).to(torch.uint8)
     members = torch.nn.functional.one_hot(codes.long(), 256).double()
-    same(level_gram(codes.to(device), hessian.to(device), 256), members.mT @ hessian.double() @ members)
+    same(LevelGram(hessian.to(device))(codes.to(device), 256), members.mT @ hessian.double() @ members)
     assert kernels_run.count("sum_hessian_rows") == 2
 
 
@@ -437,9 +449,8 @@ def test_kmeans_of_few_values(device):
         )
 
 
-def everything(rows, device):
+def everything(rows, device, inputs=140):
     """Results of all stages for a selection of rows."""
-    inputs = 140
     weight, hessian = problem(70, inputs, device)
     table = torch.randn(70, 8, generator=seeded(30)).sort(dim=1).values.to(device)
     weight, table, order = weight[rows], table[rows], torch.arange(inputs, device=device)
@@ -447,12 +458,14 @@ def everything(rows, device):
     swept = sweep(weight, factor_for_sweep(hessian, order, 0.01, torch.float32), nearest)
     descended = descend(weight, swept, hessian, order, nearest, sweeps=2)
     blocks = descend_in_blocks(weight, descended, table, hessian, order, passes=1, generator=seeded(31))
-    gram = level_gram(blocks.codes, hessian, 8)
+    gram = LevelGram(hessian)(blocks.codes, 8)
     right = solver.sums_by_code(blocks.codes, weight, 8)
     levels, _ = solver.solve_levels(gram, right, ridge=1e-7, growth=10.0, attempts=3)
+    start = Codebooks(levels=table, codes=blocks.codes)
+    jointly, _ = descend_jointly(weight, start, blocks.loss, hessian, order, CodebookFit(weight, hessian), passes=2)
     return [
         *(swept.codes, swept.error, swept.loss, descended.codes, descended.error, descended.loss),
-        *(blocks.codes, blocks.error, blocks.loss, gram, right, levels),
+        *(blocks.codes, blocks.error, blocks.loss, gram, right, levels, jointly.codes),
         *(relax(weight, hessian, order), kmeans_levels(weight, 8, 9, hessian.diagonal(), cells=16)),
     ]
 
@@ -461,6 +474,28 @@ def test_rows_do_not_depend_on_their_neighbours(device):
     rows = torch.tensor([3, 69, 40, 41, 5, 68])
     whole_layer, alone = everything(slice(None), device), everything(rows, device)
     assert all(torch.equal(found, result[rows]) for found, result in zip(alone, whole_layer, strict=True))
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations of PyTorch, each of which may be a launch. Random blocks are sorted on the CPU, one by one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function is not torch.ops.aten.sort.default
+        return function(*arguments, **(options or {}))
+
+
+def test_number_of_launches_does_not_grow_with_the_layer(emulation, kernels_run):
+    launches = []
+    for rows, inputs in ((3, 68), (40, 260)):
+        kernels_run.clear()
+        with Operations() as operations:
+            everything(slice(0, rows), torch.device("cpu"), inputs)
+        launches.append((operations.count, list(kernels_run)))
+    (small, few), (large, many) = launches
+    assert few == many
+    assert large < small + 20, "some matrices are copied 256 rows at a time, but nothing is done input by input"
 
 
 def test_order_of_threads_does_not_change_a_bit(emulation):
@@ -575,6 +610,15 @@ def test_stages_need_the_library(emulation, monkeypatch):
     assert not solver.usable(torch.zeros(1))
     with pytest.raises(RuntimeError, match="not available"):
         solver.relax(torch.zeros(1, 1), torch.ones(1, 1), torch.zeros(1, dtype=torch.int64))
+
+
+def test_every_stage_asks_where_its_operands_are():
+    """One that did not would hand addresses of the device to the library for the CPU."""
+    tree = ast.parse(Path(solver.__file__).read_text())
+    public = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    stages = [ast.unparse(node) for node in public if "_library()" in ast.unparse(node)]
+    assert len(stages) > 10
+    assert all("_on_cuda" in stage or "self._cuda" in stage for stage in stages)
 
 
 def test_library_takes_float32_on_one_device(emulation):

@@ -146,12 +146,12 @@ def test_fewer_tokens_shrink_the_off_diagonal_entries_more(tokens, share):
 
 def test_shrinkage_lowers_the_loss_on_other_text_when_tokens_are_few():
     truth = problem(tokens=10_000)
-    few = problem(tokens=64)
+    few = problem(tokens=32)  # half a token per input: most of what they say about correlations is chance
     held_out = [
         layer_loss(few.weight, GanqQuantizer(shrinkage=on).quantize(few).dequantize(), truth.require_hessian()).sum()
         for on in (True, False)
     ]
-    assert held_out[0] < 0.9 * held_out[1]
+    assert held_out[0] < 0.8 * held_out[1]
 
 
 def test_the_dominant_diagonal_is_not_below_the_rest_of_its_row_and_its_loss_is_that_of_the_hessian():

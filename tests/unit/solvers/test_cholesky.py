@@ -71,6 +71,17 @@ def test_a_layer_without_input_has_a_factor():
     assert torch.equal(damped_cholesky(torch.zeros(3, 3), 0.0).lower, torch.eye(3, dtype=torch.float64))
 
 
+def test_the_order_of_inputs_and_the_shrinkage_are_those_asked_for():
+    hessian = gram(in_features=300, tokens=900)
+    columns = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    factor = damped_cholesky(hessian, 0.01, columns, shrinkage=0.25)
+    expected = 0.75 * hessian
+    expected.diagonal().copy_(hessian.diagonal())
+    permuted = damped(expected, 0.01)[columns][:, columns]
+    torch.testing.assert_close(factor.lower @ factor.lower.T, permuted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(factor.added, permuted.diagonal() - hessian.diagonal()[columns])
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_damping_is_relative(scale):
     lower = damped_cholesky(gram(), 0.01).lower

@@ -52,7 +52,7 @@ void round_block(const Sweep& sweep, const Rounder& round, int64_t start, int64_
 }
 
 void sweep_tile(const Sweep& sweep, const Codebooks& books, int64_t tile_index, float* tile, uint8_t* codes,
-                float* error, double* loss) {
+                float* error, double* loss, float* all_targets) {
     const TileRows rows(tile_index, sweep.rows, sweep.inputs);
     const Rounder round(books, tile_index);
     alignas(ALIGNMENT) float targets[BLOCK * LANES];
@@ -64,6 +64,7 @@ void sweep_tile(const Sweep& sweep, const Codebooks& books, int64_t tile_index, 
         block_targets(sweep, tile, start, end, targets);
         round_block(sweep, round, start, end, targets, tile, chosen, total);
         store_tile(chosen, rows, sweep.columns + start, 0, end - start, codes);
+        if (all_targets != nullptr) store_tile(targets, rows, sweep.columns + start, 0, end - start, all_targets);
     }
     store_tile(tile, rows, sweep.columns, 0, sweep.inputs, error);
     std::copy(total, total + rows.count, loss + rows.first);
@@ -74,13 +75,14 @@ void sweep_tile(const Sweep& sweep, const Codebooks& books, int64_t tile_index, 
 
 using namespace solver;
 
-// `scratch` holds inputs * LANES floats for each thread.
+// `targets` (rows, inputs) may be null; `scratch` holds inputs * LANES floats for each thread.
 SOLVER_API void solver_sweep(
-    const Sweep* sweep, const Codebooks* books, uint8_t* codes, float* error, double* loss, float* scratch,
-    int threads) {
+    const Sweep* sweep, const Codebooks* books, uint8_t* codes, float* error, double* loss, float* targets,
+    float* scratch, int threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t t = 0; t < tile_count(sweep->rows); ++t)
-        sweep_tile(*sweep, *books, t, scratch + omp_get_thread_num() * sweep->inputs * LANES, codes, error, loss);
+        sweep_tile(*sweep, *books, t, scratch + omp_get_thread_num() * sweep->inputs * LANES, codes, error, loss,
+                   targets);
 }
 
 // The same step by step, for callers that choose the codebook of a block when the sweep arrives there. `tiles` holds

@@ -43,6 +43,59 @@ __device__ __forceinline__ void multiply_small(const float* matrix, int count, c
   }
 }
 
+// A block of inputs by a block of threads: its Hessian and its factors, by Cholesky in float64. While it is not positive
+// definite with `damping` times its mean diagonal added, the damping is multiplied by ten (as in cholesky.py), up to one.
+__global__ void __launch_bounds__(kThreads) factor_blocks(const Factors factors) {
+  constexpr int kPitch = kMaxBlock + 1;  // columns in different banks
+  QUANTLAB_SHARED(double, lower, kMaxBlock * kPitch);
+  const int thread = threadIdx.y * kWarpLanes + threadIdx.x;
+  const int size = factors.size, first = blockIdx.x * size;
+  const int count = min(size, factors.visited - first);
+  const int64_t* const order = factors.order + first;
+  const size_t matrix = static_cast<size_t>(blockIdx.x) * size * size;
+  const auto entry = [&](int i, int j) { return factors.hessian[order[i] * factors.inputs + order[j]]; };
+
+  double mean = 0.0;
+  for (int i = 0; i < count; ++i) mean += static_cast<double>(entry(i, i)) / count;
+  double damping = factors.damping;
+  bool solved = false;
+  while (!solved) {
+    for (int at = thread; at < count * count; at += kThreads) {
+      const int i = at / count, j = at % count;
+      lower[i * kPitch + j] = static_cast<double>(entry(i, j)) + (i == j ? damping * mean : 0.0);
+    }
+    __syncthreads();
+    solved = true;
+    for (int c = 0; c < count && solved; ++c) {
+      const double pivot = sqrt(lower[c * kPitch + c]);
+      solved = pivot > 0;
+      __syncthreads();
+      for (int i = c + thread; i < count; i += kThreads) lower[i * kPitch + c] /= pivot;
+      __syncthreads();
+      for (int at = thread; at < count * count; at += kThreads) {
+        const int i = at / count, j = at % count;
+        if (c < j && j <= i) lower[i * kPitch + j] -= lower[i * kPitch + c] * lower[j * kPitch + c];
+      }
+      __syncthreads();
+    }
+    if (damping >= 1) break;
+    damping = fmin(10 * damping, 1.0);
+  }
+
+  for (int at = thread; at < size * size; at += kThreads) {
+    const int i = at / size, j = at % size;
+    const bool real = i < count && j < count;
+    factors.within[matrix + at] = real ? entry(i, j) : 0.f;
+    factors.feedback[matrix + at] = real && j <= i ? static_cast<float>(lower[i * kPitch + j] / lower[j * kPitch + j]) : 0.f;
+    factors.upper[matrix + at] = real && i <= j ? static_cast<float>(lower[j * kPitch + i] / lower[i * kPitch + i]) : 0.f;
+  }
+  for (int i = thread; i < count; i += kThreads) {
+    const double pivot = lower[i * kPitch + i];
+    factors.precision[first + i] = static_cast<float>(1 / (pivot * pivot));
+  }
+  if (thread == 0) factors.failed[blockIdx.x] = !solved;
+}
+
 template <typename Rounder>
 __global__ void __launch_bounds__(kThreads) descend_blocks(const Blocks blocks, const Books books) {
   QUANTLAB_SHARED(float, matrix, BlockChunks::kMatrixFloats);
@@ -59,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) descend_blocks(const Blocks blocks, 
     const int64_t* const order = blocks.order + first;
     const float* const within = blocks.within + static_cast<size_t>(block) * kMaxBlock * kMaxBlock;
     const float* const feedback = blocks.feedback + static_cast<size_t>(block) * kMaxBlock * kMaxBlock;
-    const float* const transposed = blocks.transposed + static_cast<size_t>(block) * kMaxBlock * kMaxBlock;
+    const float* const upper = blocks.upper + static_cast<size_t>(block) * kMaxBlock * kMaxBlock;
 
     // e H for the inputs of the block, with the errors of all inputs.
     const int products = (blocks.inputs + kChunk - 1) / kChunk;
@@ -104,7 +157,7 @@ __global__ void __launch_bounds__(kThreads) descend_blocks(const Blocks blocks, 
     }
     for (int i = 0; i < count; ++i) {
       float column[kBlockPositions];
-      load_row(transposed, i, column);
+      load_row(upper, i, column);
 #pragma unroll
       for (int j = 0; j < kBlockPositions; ++j) {
         if (kBlockPositions * lane + j <= i) column[j] = 0.f;
@@ -191,6 +244,16 @@ __global__ void __launch_bounds__(kThreads) descend_blocks(const Blocks blocks, 
 
 }  // namespace
 }  // namespace quantlab
+
+QUANTLAB_EXPORT int quantlab_solver_factor_blocks(const quantlab::Factors* factors, int32_t device, void* stream) {
+  using namespace quantlab;
+  if (factors->visited == 0) return 0;
+  if (factors->size < 1 || factors->size > kMaxBlock) return kUnsupported;
+  const DeviceGuard guard(device);
+  if (guard.status() != 0) return guard.status();
+  const dim3 grid((factors->visited + factors->size - 1) / factors->size), block(kWarpLanes, kWarps);
+  return launch(factor_blocks, grid, block, stream, *factors);
+}
 
 QUANTLAB_EXPORT int quantlab_solver_descend_in_blocks(const quantlab::Blocks* blocks, const quantlab::Books* books,
                                                       int32_t device, void* stream) {

@@ -37,6 +37,7 @@ struct Sweep {
   uint8_t* codes;          // (rows, inputs), written
   float* error;            // (rows, inputs), written
   double* loss;            // (rows), added to
+  float* rounded;          // (rows, inputs), written: the final targets, up to rounding; or null
   int64_t feedback_pitch;  // a multiple of 4
   int64_t behind_pitch;    // rows, padded to a multiple of kBlockRows
   int32_t rows;
@@ -76,7 +77,7 @@ struct Blocks {
   const int64_t* order;     // (visited), position to input; within a block the last is rounded first
   const float* within;      // (blocks, kMaxBlock, kMaxBlock): the Hessian of a block
   const float* feedback;    // (blocks, kMaxBlock, kMaxBlock): its factor, unit lower triangular
-  const float* transposed;  // (blocks, kMaxBlock, kMaxBlock): the transposed factor
+  const float* upper;       // (blocks, kMaxBlock, kMaxBlock): the transposed factor
   const float* precision;   // (visited): 1 over the squares of the pivots
   float* error;             // (inputs, error_pitch), by input, changed in place; 16-byte aligned
   uint8_t* codes;           // (rows, inputs), changed in place
@@ -87,6 +88,41 @@ struct Blocks {
   int32_t inputs;
   int32_t visited;
   int32_t size;
+};
+
+// Blocks of inputs to be factored, as in `Blocks`; but what belongs to one of them has `size` places.
+struct Factors {
+  const float* hessian;  // (inputs, inputs)
+  const int64_t* order;  // (visited)
+  float* within;         // (blocks, size, size), written
+  float* feedback;       // (blocks, size, size), written
+  float* upper;          // (blocks, size, size), written
+  float* precision;      // (visited), written
+  uint8_t* failed;       // (blocks), written: whether no damping was enough
+  double damping;        // fraction of the mean diagonal to add
+  int32_t inputs;
+  int32_t visited;
+  int32_t size;  // at most kMaxBlock
+};
+
+// Passes of joint descent.
+struct Joint {
+  const float* product;  // (rows, inputs): W H
+  const float* hessian;  // (inputs, inputs)
+  const int64_t* order;  // (visited): inputs with a positive diagonal
+  const float* tables;   // (rows, levels)
+  const double* loss;    // (rows)
+  uint8_t* codes;        // (rows, inputs), changed in place
+  float* sums;           // (rows, levels, inputs), memory
+  float* gradient;       // (rows, inputs), memory
+  double* matrices;      // (rows, 2, levels, levels), memory
+  double ridge;          // of the codebook equations, scaled to a unit diagonal
+  double threshold;      // share of the loss by which a move has to lower it
+  int32_t rows;
+  int32_t inputs;
+  int32_t visited;
+  int32_t levels;
+  int32_t passes;
 };
 
 // k-means of every row.
@@ -123,8 +159,12 @@ QUANTLAB_EXPORT int quantlab_solver_sweep(const quantlab::Sweep* sweep, const qu
 QUANTLAB_EXPORT int quantlab_solver_descend(const quantlab::Descent* descent, const quantlab::Books* books,
                                             int32_t device, void* stream);
 
+QUANTLAB_EXPORT int quantlab_solver_factor_blocks(const quantlab::Factors* factors, int32_t device, void* stream);
+
 QUANTLAB_EXPORT int quantlab_solver_descend_in_blocks(const quantlab::Blocks* blocks, const quantlab::Books* books,
                                                       int32_t device, void* stream);
+
+QUANTLAB_EXPORT int quantlab_solver_descend_jointly(const quantlab::Joint* joint, int32_t device, void* stream);
 
 // The inputs of every segment of every row by code: `lists` and `starts` are described in gram.cu.
 QUANTLAB_EXPORT int quantlab_solver_sort_codes(const uint8_t* codes, int32_t rows, int32_t inputs, int32_t levels,

@@ -111,6 +111,7 @@ __global__ void __launch_bounds__(kThreads) sweep_rows(const Sweep sweep, const 
         const size_t place = static_cast<size_t>(first_row + r) * sweep.inputs + input;
         sweep.codes[place] = static_cast<uint8_t>(codes[r] >> 8 * j);
         sweep.error[place] = error;
+        if (sweep.rounded != nullptr) sweep.rounded[place] = distance + (sweep.weight[place] - error);
       }
     }
 #pragma unroll
