@@ -12,23 +12,22 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
 
 import torch
+from cpu_peers import peer_variants
+from variants import COLD_BYTES, DTYPES, SMALL_ROWS, Variant, cold_copies
 
 import quantlab_kernels
 from quantlab_kernels.build import Recipe, build_library, cxx_command
 from quantlab_kernels.isa import chosen_isa
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-COLD_BYTES = 192 << 20
-SMALL_ROWS = 64
+BATCHES = (1, 2, 3, 4, 8, 16, 32, 64, 96, 128, 256, 512)
 CEILING = {"4-bit fp32": 0.65, "4-bit bf16": 0.80, "3-bit bf16": 0.70}  # one thread, share of the read speed
+KERNELS = ("4-bit fp32", "4-bit bf16", "3-bit fp32", "3-bit bf16")  # with targets
 OVER_TORCH = 8.0  # times torch float32
 OVER_ONE_THREAD = 1.6  # with two
 
@@ -46,20 +45,11 @@ class Row:
     mac_per_ns: float
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Something to time: `calls` yields functions, each with its own copy of the weights; `warm` is a small call."""
-
-    name: str
-    nbytes: int
-    calls: Iterator[Callable[[], object]]
-    warm: Callable[[], object]
-
-
 def main() -> None:
     """Run, print, and write the record if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--peers", action="store_true", help="measure kernels of others, too; see cpu_peers.py")
     parser.add_argument("--seconds", type=float, default=4.0, help="per shape and number of threads")
     parser.add_argument("--sweep-seconds", type=float, default=1.5, help="per batch and number of threads; 0: no sweep")
     parser.add_argument("--json", type=Path, help="write the record here")
@@ -67,9 +57,12 @@ def main() -> None:
     decode = [
         row
         for shape in SHAPES
-        for row in measure(decode_variants(shape), shape, 1, arguments.threads, arguments.seconds)
+        for row in measure(
+            decode_variants(shape, peers=arguments.peers), shape, 1, arguments.threads, arguments.seconds
+        )
     ]
     print_decode(decode)
+    print_summary(decode)
     sweep: list[Row] = []
     for batch in BATCHES if arguments.sweep_seconds else ():
         sweep += measure(sweep_variants(SHAPES[0], batch), SHAPES[0], batch, arguments.threads, arguments.sweep_seconds)
@@ -87,10 +80,11 @@ def describe_machine() -> dict[str, str]:
     return {"cpu": model, "cores": str(os.cpu_count()), "torch": torch.__version__, **quantlab_kernels.status()}
 
 
-def decode_variants(shape: tuple[int, int]) -> list[Variant]:
-    """One sample against every width and the dense layers of PyTorch."""
+def decode_variants(shape: tuple[int, int], *, peers: bool) -> list[Variant]:
+    """One sample against every width, the dense layers of PyTorch, and kernels of others."""
     quantized = [quantized_variant(shape, bits, name, 1) for bits in (4, 3, 2) for name in DTYPES]
-    return [read_variant(), *quantized, *(dense_variant(shape, name, 1) for name in DTYPES)]
+    dense = [dense_variant(shape, name, 1) for name in DTYPES]
+    return [read_variant(), *quantized, *dense, *(peer_variants(shape) if peers else ())]
 
 
 def sweep_variants(shape: tuple[int, int], batch: int) -> list[Variant]:
@@ -150,11 +144,6 @@ def dense_variant(shape: tuple[int, int], dtype_name: str, batch: int) -> Varian
     return Variant(f"torch {dtype_name}", weight.nbytes, cycle(calls[1:]), calls[0])
 
 
-def cold_copies(nbytes: int) -> int:
-    """How many copies of a weight make each of them cold in its turn."""
-    return max(2, -(-COLD_BYTES // nbytes))
-
-
 def measure(
     variants: list[Variant], shape: tuple[int, int], batch: int, threads: list[int], seconds: float
 ) -> list[Row]:
@@ -170,7 +159,7 @@ def measure(
                 variant.warm()
                 start = time.perf_counter()
                 call()
-                times[variant.name].append(time.perf_counter() - start)
+                times[variant.name].append((time.perf_counter() - start) / variant.products)
         for variant in variants:
             best = sorted(times[variant.name])[len(times[variant.name]) // 10]
             products = shape[0] * shape[1] * batch / best / 1e9
@@ -181,7 +170,7 @@ def measure(
 
 def print_decode(rows: list[Row]) -> None:
     """One sample: share of the read speed, ratios to PyTorch, targets."""
-    by_key = {(row.shape, row.threads, row.name): row for row in rows}
+    by_key = index(rows)
     print("One sample, cold weights. ceiling: share of the speed of reading memory. Ratios are speeds.\n")
     print("| shape | threads | variant | ms | GB/s | ceiling | x torch fp32 | x torch bf16 | x one thread | targets |")
     print("|---|---|---|---|---|---|---|---|---|---|")
@@ -201,14 +190,57 @@ def print_decode(rows: list[Row]) -> None:
 
 def targets(row: Row, share: float, over_fp32: float, scaling: float | None) -> str:
     """Which targets the row meets and misses."""
-    if not row.name.startswith(("4-bit", "3-bit")):
+    if row.name not in KERNELS:
         return ""
     goals = {f">= {OVER_TORCH:.0f}x torch fp32": over_fp32 >= OVER_TORCH}
     if row.threads == 1 and row.name in CEILING:
         goals[f">= {CEILING[row.name]:.0%} of the ceiling"] = share >= CEILING[row.name]
     if row.threads == 2 and scaling is not None:
         goals[f">= {OVER_ONE_THREAD}x one thread"] = scaling >= OVER_ONE_THREAD
-    return ", ".join(f"{name}: {'met' if met else 'MISSED'}" for name, met in goals.items())
+    return ", ".join(f"{name}: {verdict(met)}" for name, met in goals.items())
+
+
+def verdict(met: bool) -> str:
+    """In a word."""
+    return "met" if met else "MISSED"
+
+
+def index(rows: list[Row]) -> dict[tuple[str, int, str], Row]:
+    """By shape, threads and name."""
+    return {(row.shape, row.threads, row.name): row for row in rows}
+
+
+def print_summary(rows: list[Row]) -> None:
+    """Every target with the lowest value over the shapes, and the ratio of the speeds to every kernel of others."""
+    by_key = index(rows)
+    cases = sorted({(row.shape, row.threads) for row in rows}, key=lambda case: (case[1], case[0]))
+    print("\n| target, lowest of the shapes | value | |\n|---|---|---|")
+    for threads in sorted({row.threads for row in rows}):
+        shapes = [shape for shape, count in cases if count == threads]
+        for name, share in CEILING.items() if threads == 1 else ():
+            lowest = min(by_key[shape, 1, name].gb_per_s / by_key[shape, 1, "memory read"].gb_per_s for shape in shapes)
+            print(f"| {name} >= {share:.0%} of the ceiling, 1 thread | {lowest:.0%} | {verdict(lowest >= share)} |")
+        for name in KERNELS:
+            lowest = min(by_key[shape, threads, "torch fp32"].ms / by_key[shape, threads, name].ms for shape in shapes)
+            goal = f"{name} >= {OVER_TORCH:.0f}x torch fp32, {threads} thread{'s' * (threads > 1)}"
+            print(f"| {goal} | {lowest:.1f}x | {verdict(lowest >= OVER_TORCH)} |")
+            if threads == 2 and (shapes[0], 1, name) in by_key:
+                lowest = min(by_key[shape, 1, name].ms / by_key[shape, 2, name].ms for shape in shapes)
+                goal = f"{name}, 2 threads >= {OVER_ONE_THREAD}x 1 thread"
+                print(f"| {goal} | {lowest:.2f}x | {verdict(lowest >= OVER_ONE_THREAD)} |")
+    peers = [name for name in dict.fromkeys(row.name for row in rows) if "int" in name]
+    if not peers:
+        return
+    print("\nTimes as fast as the kernels of others, which are uniform; lowest and highest of the shapes.\n")
+    print(f"| threads | against | {' | '.join(KERNELS)} |\n|---|---|{'---|' * len(KERNELS)}")
+    for threads in sorted({row.threads for row in rows}):
+        shapes = [shape for shape, count in cases if count == threads]
+        for peer in peers:
+            cells = []
+            for name in KERNELS:
+                ratios = [by_key[shape, threads, peer].ms / by_key[shape, threads, name].ms for shape in shapes]
+                cells.append(f"{min(ratios):.2f}-{max(ratios):.2f}")
+            print(f"| {threads} | {peer} | {' | '.join(cells)} |")
 
 
 def print_sweep(rows: list[Row]) -> None:

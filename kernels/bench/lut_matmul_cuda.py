@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import peers
+import cuda_peers
 import torch
 from cuda_device import describe_device, headline, require
 from torch import Tensor
@@ -112,7 +112,7 @@ def measure(dtype: torch.dtype) -> dict[str, Any]:
 
 def add_peers(record: dict[str, Any], dtype: torch.dtype) -> None:
     """Add what other projects take to a record."""
-    for out_features, in_features in SHAPES if any(peers.installed()) else ():
+    for out_features, in_features in SHAPES if any(cuda_peers.installed()) else ():
         for tokens in TOKENS:
             x = torch.randn(tokens, in_features, device="cuda").to(dtype)
             for bits in BITS:
@@ -153,7 +153,7 @@ def measure_kernel(
 def measure_peers(x: Tensor, out_features: int, bits: int, refusals: list[str]) -> list[Row]:
     """Every other project that takes these operands, and ours timed alike; what one refuses goes to `refusals`."""
     rows: list[Row] = []
-    for peer in peers.installed():
+    for peer in cuda_peers.installed():
         if bits not in peer.bits or len(x) > peer.most_tokens or x.dtype not in peer.dtypes:
             continue
         variant = f"{bits} bits, {peer.name}, call by call"

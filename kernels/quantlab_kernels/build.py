@@ -62,7 +62,8 @@ def build_library(recipe: Recipe) -> Path:
     Raises:
         BuildError: there is no compiler, it fails, or no folder can be written.
     """
-    file_name = f"{recipe.name}-{_key(recipe)}.so"
+    key = _key(recipe)
+    file_name = f"{recipe.name}-{key}.so"
     folders = cache_folders()
     for folder in folders:
         # A folder that others can write could hold anybody's code.
@@ -76,7 +77,7 @@ def build_library(recipe: Recipe) -> Path:
                 raise PermissionError(f"{folder} belongs to another user")
             with _locked(folder / f"{file_name}.lock"):
                 if not (folder / file_name).is_file():
-                    _compile(recipe, folder / file_name)
+                    _compile(recipe, key, folder / file_name)
         except OSError as error:
             problems.append(str(error))
         else:
@@ -115,7 +116,7 @@ def _compiler_version(compiler: str) -> str:
     return result.stdout
 
 
-def _compile(recipe: Recipe, target: Path) -> None:
+def _compile(recipe: Recipe, key: str, target: Path) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f"{target.stem}.", suffix=".tmp", dir=target.parent)
     os.close(handle)
     try:
@@ -126,6 +127,8 @@ def _compile(recipe: Recipe, target: Path) -> None:
             raise BuildError(
                 f"compiling {recipe.name} ended with status {result.returncode}.\n{shlex.join(command)}\n{output}"
             )
+        if _key(recipe) != key:  # what was compiled is not what the name says
+            raise BuildError(f"the sources of {recipe.name} changed while they were compiled; start again")
         os.replace(temporary, target)
     finally:
         Path(temporary).unlink(missing_ok=True)

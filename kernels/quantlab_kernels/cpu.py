@@ -23,7 +23,7 @@ from torch import Tensor
 from quantlab_kernels import reference
 from quantlab_kernels.build import Recipe
 from quantlab_kernels.isa import Isa, chosen_isa, cpu_recipe
-from quantlab_kernels.native import NativeLibrary
+from quantlab_kernels.native import NativeLibrary, usable_threads
 from quantlab_kernels.shapes import check_codebook, check_operands, check_prepared_operands
 
 SOURCES = ("lut_tiled.cpp", "lut_dequantize.cpp", "lut_generic.cpp", "lut_tiles.cpp")
@@ -103,7 +103,7 @@ def tile(packed_codes: Tensor, in_features: int) -> Tensor:
     matrix = (out_features, in_features, bits)
     tiles = torch.empty(_tile_words(*matrix), dtype=torch.int32)
     packed_codes = packed_codes.contiguous()
-    library.quantlab_lut_tile(packed_codes.data_ptr(), tiles.data_ptr(), *matrix, torch.get_num_threads())
+    library.quantlab_lut_tile(packed_codes.data_ptr(), tiles.data_ptr(), *matrix, usable_threads())
     return tiles
 
 
@@ -111,7 +111,7 @@ def untile(tiles: Tensor, bits: int, out_features: int, in_features: int) -> Ten
     """Undo `tile`: bit planes (bits, out_features, words)."""
     planes = torch.empty(bits, out_features, -(-in_features // SLICE_COLUMNS), dtype=torch.int32)
     matrix = (out_features, in_features, bits)
-    _library().quantlab_lut_untile(planes.data_ptr(), tiles.data_ptr(), *matrix, torch.get_num_threads())
+    _library().quantlab_lut_untile(planes.data_ptr(), tiles.data_ptr(), *matrix, usable_threads())
     return planes
 
 
@@ -208,7 +208,7 @@ def _multiply(
         _SCALAR_TYPES[x.dtype],
         _SCALAR_TYPES[stored.dtype],
         0 if values is None else _SCALAR_TYPES[values.dtype],
-        torch.get_num_threads(),
+        usable_threads(),
     )
     dense = tiled and x.dtype == torch.bfloat16 and arguments.batch >= DENSE_SAMPLES
     if dense and library.quantlab_lut_dequantizes():

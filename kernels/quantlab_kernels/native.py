@@ -10,10 +10,21 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from quantlab_kernels.build import BuildError, Recipe, build_library
 
 _LIBRARIES: "list[NativeLibrary]" = []
 _warned: set[str] = set()
+_forked = False
+
+
+def _remember_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_remember_fork)
 
 
 def native_kernels_wanted() -> bool:
@@ -26,6 +37,14 @@ def native_kernels_wanted() -> bool:
     if choice not in ("native", "reference"):
         raise ValueError(f"QUANTLAB_KERNELS={choice!r} must be 'native' or 'reference'")
     return choice == "native"
+
+
+def usable_threads() -> int:
+    """How many threads native code may use: as many as PyTorch, but one in a process that was forked.
+
+    The threads of OpenMP do not survive a fork; a child that called for them would wait for ever.
+    """
+    return 1 if _forked else torch.get_num_threads()
 
 
 def open_library(path: Path) -> ctypes.CDLL:

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 
 import pytest
 
@@ -117,6 +118,19 @@ def test_two_processes_that_build_at_once_compile_once(recipe, tmp_path):
     assert len(paths) == 1
     assert log.read_text() == "run\n"
     assert ctypes.CDLL(paths.pop()).answer() == 42
+
+
+def test_sources_that_change_while_they_are_compiled_make_no_library(recipe, tmp_path, monkeypatch):
+    compiler = tmp_path / "compiler"
+    header = recipe.headers[0]
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-o*) echo "#define ANSWER 43" > {header};; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    changing = replace(recipe, command=cxx_command())
+    with pytest.raises(BuildError, match="sources of answer changed while they were compiled"):
+        build_library(changing)
+    assert not list((tmp_path / "cache" / "kernels").glob("*.so"))
+    assert answer(build_library(changing)) == 43
 
 
 def test_a_damaged_file_is_reported_with_the_remedy(recipe):

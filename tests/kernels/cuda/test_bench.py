@@ -93,7 +93,7 @@ def test_other_projects_are_measured_where_they_are_installed(load, bench, monke
             raise RuntimeError("no two tokens")
 
     monkeypatch.setitem(sys.modules, "any_precision_ext", SimpleNamespace(matmul_kbit=matmul_kbit))
-    monkeypatch.setattr(bench.peers, "_random_words", lambda *shape: torch.zeros(shape, dtype=torch.int32))
+    monkeypatch.setattr(bench.cuda_peers, "_random_words", lambda *shape: torch.zeros(shape, dtype=torch.int32))
     monkeypatch.setattr(bench, "copies", lambda nbytes: 2)
     monkeypatch.setattr(bench, "time_calls", lambda calls, captured: [call() for call in calls] and (3.0, 2.0, 4.0))
     monkeypatch.setattr(bench, "measure_kernel", lambda *arguments, captured: "ours")
