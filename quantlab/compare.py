@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from quantlab.checkpoint.atomic import replacing
 from quantlab.checkpoint.names import MANIFEST_NAME, MODEL_FOLDER, PROFILE_FILE
 from quantlab.errors import QuantlabError, ResumableError, UsageError
+from quantlab.evaluate.harness import TaskOptions
 from quantlab.evaluate.perplexity import in_memory
 from quantlab.evaluate.profile import ProfileOptions, profile_subjects
 from quantlab.evaluate.subject import Subject
@@ -316,9 +317,10 @@ class _Reference:
     def __init__(self, model_folder: Path, recipe: Recipe, folder: Path) -> None:
         self._model_folder = model_folder
         self._dtype = compute_dtype(recipe, read_config(model_folder))
-        self._folder = folder
+        # Not only one for all: a comparison that was stopped may go on with another model in the same folder.
+        self._folder = folder / _digest(f"{model_folder.absolute()} {self._dtype}")
         self._bytes = 0
-        folder.mkdir(exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, index: int, ids: Tensor) -> Tensor:
         path = self._folder / f"{hashlib.sha256(ids.numpy().tobytes()).hexdigest()}.safetensors"
@@ -331,8 +333,8 @@ class _Reference:
                 save_file({"logits": logits.contiguous()}, temporary)
         return logits
 
-    def on_tasks(self, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        path = self._folder / "tasks.json"
+    def on_tasks(self, options: TaskOptions, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = self._folder / f"tasks-{_digest(repr(options))}.json"
         if not path.is_file():
             with replacing(path) as temporary:
                 temporary.write_text(json.dumps(evaluate()), encoding="utf-8")
@@ -349,3 +351,7 @@ class _Reference:
     @cached_property
     def _model(self) -> PreTrainedModel:
         return load_model(self._model_folder, self._dtype)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
