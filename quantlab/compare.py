@@ -26,6 +26,7 @@ from quantlab.checkpoint.atomic import replacing
 from quantlab.checkpoint.names import MANIFEST_NAME, MODEL_FOLDER, PROFILE_FILE
 from quantlab.engine.journal import FolderBusyError
 from quantlab.errors import QuantlabError, ResumableError, UsageError
+from quantlab.evaluate.harness import TaskOptions
 from quantlab.evaluate.perplexity import in_memory
 from quantlab.evaluate.profile import ProfileOptions, profile_subjects
 from quantlab.evaluate.subject import Subject
@@ -386,7 +387,9 @@ class _Reference:
     def __init__(self, model_folder: Path, recipe: Recipe, folder: Path) -> None:
         self._model_folder = model_folder
         self._dtype = compute_dtype(recipe, read_config(model_folder))
-        self._folder = folder
+        # Not only one for all: a comparison that was stopped may go on with another model in the same folder.
+        self._folder = folder / _digest(f"{model_folder.absolute()} {self._dtype}")
+        self._folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, index: int, ids: Tensor) -> Tensor:
         path = self._folder / f"{hashlib.sha256(ids.numpy().tobytes()).hexdigest()}.safetensors"
@@ -400,8 +403,8 @@ class _Reference:
             own.replace(path)
         return logits
 
-    def on_tasks(self, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        path = self._folder / "tasks.json"
+    def on_tasks(self, options: TaskOptions, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = self._folder / f"tasks-{_digest(repr(options))}.json"
         if not path.is_file():
             with replacing(path) as temporary:
                 temporary.write_text(json.dumps(evaluate()), encoding="utf-8")
@@ -421,3 +424,7 @@ class _Reference:
     @cached_property
     def _model(self) -> PreTrainedModel:
         return load_model(self._model_folder, self._dtype)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -67,8 +67,8 @@ class FloatReference(Protocol):
         """Its logits, as those of a `quantlab.evaluate.perplexity.Forward`."""
         ...
 
-    def on_tasks(self, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `evaluate` returns, the float model's results on the tasks of the recipe."""
+    def on_tasks(self, options: TaskOptions, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `evaluate` returns, its results on the tasks that the options name."""
         ...
 
     def folder(self, key: str) -> Path:
@@ -276,7 +276,7 @@ class _Run:
         if self.reference is None:
             return None
         wanted = f"{'fisher' if statistics.fisher else 'no-fisher'}-{statistics.saliency_groups}"
-        return self.reference.folder(f"gradients-{calibration.sha256[:16]}-{self.recipe.model.dtype}-{wanted}")
+        return self.reference.folder(f"gradients-{calibration.sha256[:16]}-{wanted}")
 
     def solve_options(self, layer: str) -> SolveOptions | None:
         """How a layer is solved, by its full name; None keeps it in floating point."""
@@ -337,7 +337,7 @@ class _Run:
             return evaluate_tasks(model.load(self.dtype), self.tokenizer, options, self.progress, stage)
 
         on_float = partial(evaluate, self.float_model)
-        reference = on_float() if self.reference is None else self.reference.on_tasks(on_float)
+        reference = on_float() if self.reference is None else self.reference.on_tasks(options, on_float)
         return side_by_side({"float": reference, "quantized": evaluate(self.quantized_model)})
 
     def manifest(
