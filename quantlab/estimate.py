@@ -1,28 +1,38 @@
 """How much a run stores and how long it takes, estimated before it begins.
 
-Storage is exact but for the number of outliers. Time is an estimate: a product of matrices and a small layer are timed
-on this machine and scaled by the work of the run. With the manifest of a finished run of the same method it is scaled
-from what that run took instead.
+Storage is exact but for the number of outliers. Time is an estimate, from seconds of work on this machine: one block of
+the model, with weights of zero, runs a text; the method solves two random layers, from which the others are scaled.
+With the manifest of a finished run of the same method it is scaled from what that run took instead.
 """
 
 import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from quantlab.api import InputStatistics, LayerProblem
 from quantlab.checkpoint.names import MANIFEST_NAME
+from quantlab.engine.calls import BlockCall, forward_replaced
+from quantlab.engine.moments import Moments
+from quantlab.engine.solve import SolveOptions, solve_layers
+from quantlab.engine.statistics import GroupStatistics
 from quantlab.errors import UsageError
 from quantlab.plan import Plan
 from quantlab.recipe.layers import LayerMethod
 from quantlab.runtime import CodebookKind, LutLinear, ModuleSpec, storage_layout
+from quantlab.skeleton import build_skeleton, find_blocks
 
-_PROBE_ROWS, _PROBE_COLUMNS = 64, 512
+_PROBE_ROWS, _PROBE_COLUMNS = 256, (256, 1024)
+_PROBE_TOKENS = 512
 _PRODUCT_SIZE = 1024
+_WRITTEN_BYTES_PER_S = 200e6
 
 FORWARD_PASSES = 2.5
 """Forward passes of the calibration text through a block: one per group of layers, most of them not to the end."""
@@ -30,17 +40,23 @@ FORWARD_PASSES = 2.5
 
 @dataclass(frozen=True, kw_only=True)
 class MethodProbe:
-    """What a method showed on a small random layer.
+    """What a method showed on small random layers.
 
     Attributes:
         codebook: the kind that it stores.
         outlier_share: outliers per weight.
-        solve_rate: work per second, in rows times columns squared.
+        weight_s: seconds per weight.
+        weight_input_s: seconds per weight and input: of the products with the Hessian.
     """
 
     codebook: CodebookKind
     outlier_share: float
-    solve_rate: float
+    weight_s: float
+    weight_input_s: float
+
+    def seconds(self, shape: tuple[int, ...]) -> float:
+        """The expected time to solve and to measure a layer, (out_features, in_features)."""
+        return math.prod(shape) * (self.weight_s + self.weight_input_s * shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,30 +96,74 @@ class Rates:
 
 
 def probe(method: LayerMethod) -> MethodProbe:
-    """Let a method quantize a small random layer.
+    """Let the engine quantize two small random layers with a method.
 
     Raises:
         QuantlabError: it cannot.
     """
     group = method.spec.group_size or 1
-    columns = group * max(1, _PROBE_COLUMNS // group)
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(_PROBE_ROWS, columns, generator=generator)
-    inputs = torch.randn(2 * columns, columns, generator=generator)
-    statistics = InputStatistics(
-        hessian=inputs.T @ inputs / len(inputs), num_tokens=len(inputs), fisher=weight.square() + 0.1
-    )
-    problem = LayerProblem(name="probe", weight=weight, spec=method.spec, statistics=statistics)
-    method.quantizer.quantize(problem)  # the first call may compile
-    started = time.perf_counter()
-    layer = method.quantizer.quantize(problem)
-    seconds = time.perf_counter() - started
-    module = LutLinear.from_layer(layer, method.spec, None)
+    narrow, wide = (group * max(1, columns // group) for columns in _PROBE_COLUMNS)
+    _solve_random(method, narrow)  # the first call may compile
+    narrow_s, _ = _solve_random(method, narrow)
+    wide_s, module = _solve_random(method, max(wide, 2 * narrow))
+    wide = module.spec.in_features
+    slope = max(0.0, wide_s / wide - narrow_s / narrow) / (wide - narrow) / _PROBE_ROWS
     return MethodProbe(
         codebook=module.spec.codebook,
-        outlier_share=module.spec.outliers / weight.numel(),
-        solve_rate=_PROBE_ROWS * columns**2 / seconds,
+        outlier_share=module.spec.outliers / (_PROBE_ROWS * wide),
+        weight_s=max(0.0, narrow_s / (_PROBE_ROWS * narrow) - slope * narrow),
+        weight_input_s=slope,
     )
+
+
+def _solve_random(method: LayerMethod, columns: int) -> tuple[float, LutLinear]:
+    """The seconds that it takes to solve a random layer, and the answer."""
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(columns, _PROBE_ROWS, bias=False)
+    weight = torch.randn(_PROBE_ROWS, columns, generator=generator)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    inputs = torch.randn(2 * columns, columns, generator=generator)
+    statistics = GroupStatistics(
+        moments={"probe": (Moments(hessian=inputs.T @ inputs / len(inputs)),)},
+        num_tokens=len(inputs),
+        fisher={"probe": weight.square() + 0.1},
+    )
+    options = SolveOptions(quantizer=method.quantizer, spec=method.spec, allow_fallbacks=True)
+    started = time.perf_counter()
+    module, _ = solve_layers({"probe": linear}, statistics, {"probe": options})["probe"]
+    return time.perf_counter() - started, module
+
+
+@torch.no_grad()
+def block_seconds(config: PretrainedConfig, dtype: torch.dtype) -> float:
+    """The time that the first block of a model takes for one token of calibration text.
+
+    Its weights are zero, and so are those outside the blocks: their memory is never touched but to be read.
+    """
+    model = build_skeleton(config, dtype)
+    first, *others = find_blocks(model)[1]
+    elsewhere = {id(module) for block in others for module in block.modules()}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(module) not in elsewhere:
+                zeros = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+    tokens = min(_PROBE_TOKENS, getattr(config, "max_position_embeddings", None) or _PROBE_TOKENS)
+    seconds: list[float] = []
+
+    class Measured(Exception):
+        """Leaves the forward pass behind the first block."""
+
+    def measure(call: BlockCall) -> Tensor:
+        for _ in range(2):  # the first may prepare what later ones use
+            started = time.perf_counter()
+            call.arguments.call(partial(type(first).forward, first), call.hidden)
+            seconds.append(time.perf_counter() - started)
+        raise Measured
+
+    with suppress(Measured), forward_replaced([first], measure):
+        model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    return min(seconds) / tokens
 
 
 def stored_bytes(shape: tuple[int, int], method: LayerMethod, probed: MethodProbe) -> int:
@@ -120,14 +180,21 @@ def stored_bytes(shape: tuple[int, int], method: LayerMethod, probed: MethodProb
     return sum(math.prod(size) * dtype.itemsize for dtype, size in storage_layout(spec).values())
 
 
-def measured_rates(solve_rate: float) -> Rates:
-    """The rates of this machine, from a product of matrices timed now and the solving rate of a probe."""
+def _measured_seconds(
+    plan: Plan, config: PretrainedConfig, dtype: torch.dtype, work: Work, probes: dict[int, MethodProbe]
+) -> dict[str, float]:
+    """The expected time of each part of the work, from what this machine does in a few seconds."""
     one = torch.randn(_PRODUCT_SIZE, _PRODUCT_SIZE)
     one @ one
     started = time.perf_counter()
     one @ one
     product = 2 * _PRODUCT_SIZE**3 / (time.perf_counter() - started)
-    return Rates(forward=product / 2, statistics=product, solve=solve_rate, written_bytes=200e6)
+    return {
+        "forward": FORWARD_PASSES * plan.num_blocks * plan.calibration_tokens * block_seconds(config, dtype),
+        "statistics": work.statistics / product,
+        "solve": sum(probes[id(layer.method)].seconds(layer.shape) for layer in plan.quantized),
+        "write": work.written_bytes / _WRITTEN_BYTES_PER_S,
+    }
 
 
 def recorded_rates(run_folder: Path, method: str) -> Rates:
@@ -139,7 +206,7 @@ def recorded_rates(run_folder: Path, method: str) -> Rates:
     try:
         manifest = json.loads((run_folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         shapes = [tuple(layer["shape"]) for layer in manifest["layers"]]
-        work = work_of(shapes, manifest["calibration"]["tokens"], manifest["checkpoint_bytes"])
+        work = work_of(shapes, manifest["calibration"]["tokens"], manifest["written_bytes"])
         seconds = {part: max(value, 1e-3) for part, value in manifest["engine_s"].items()}
         name = manifest["method"]["name"]
         rates = Rates(
@@ -193,12 +260,14 @@ class Estimate:
     seconds: dict[str, float]
 
 
-def estimate_run(plan: Plan, like: Path | None) -> Estimate:
+def estimate_run(plan: Plan, config: PretrainedConfig, dtype: torch.dtype, like: Path | None) -> Estimate:
     """Estimate what a run stores and how long it takes.
 
     Args:
         plan: of the run.
-        like: folder of a finished run to scale times from; None times a small layer and a matrix product now.
+        config: of the model.
+        dtype: what the model computes in.
+        like: folder of a finished run to scale times from; None measures for a few seconds now.
 
     Raises:
         UsageError: `like` is not a run to scale from.
@@ -212,12 +281,15 @@ def estimate_run(plan: Plan, like: Path | None) -> Estimate:
         if layer.method is not None
     }
     checkpoint = sum(layer_bytes.values()) + (plan.parameters - plan.quantized_parameters) * plan.itemsize
-    work = work_of([layer.shape for layer in plan.quantized], plan.calibration_tokens, checkpoint + plan.work_bytes)
-    slowest = min(probed.solve_rate for probed in probes.values())
-    rates = measured_rates(slowest) if like is None else recorded_rates(like, methods[0].quantizer.info.name)
+    written = checkpoint + plan.hidden_states_written
+    work = work_of([layer.shape for layer in plan.quantized], plan.calibration_tokens, written)
+    if like is None:
+        seconds = _measured_seconds(plan, config, dtype, work, probes)
+    else:
+        seconds = recorded_rates(like, methods[0].quantizer.info.name).seconds(work)
     return Estimate(
         layer_bytes=layer_bytes,
         bits_per_weight=8 * sum(layer_bytes.values()) / plan.quantized_parameters,
         checkpoint_bytes=checkpoint,
-        seconds=rates.seconds(work),
+        seconds=seconds,
     )

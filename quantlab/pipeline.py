@@ -364,6 +364,7 @@ class _Run:
             "group_size": self.recipe.method.group_size,
             "bits_per_weight": sum(layer.storage_bits for layer in stream.layers) / weights,
             "checkpoint_bytes": self.quantized_model.bytes_on_disk,
+            "written_bytes": self.quantized_model.bytes_on_disk + plan.hidden_states_written,
             "source_bytes": sum(file.stat().st_size for file in weight_files(self.model_folder)),
             "peak_rss_bytes": peak_rss_bytes(),
             "wall_s": round(time.monotonic() - self.started, 3),

@@ -65,6 +65,11 @@ class Plan:
         return tuple(layer for layer in self.layers if layer.method is not None)
 
     @property
+    def hidden_states_written(self) -> int:
+        """Bytes of the hidden states before the first and behind every block; `work_bytes` are two such generations."""
+        return self.work_bytes // 2 * (self.num_blocks + 1)
+
+    @property
     def quantized_parameters(self) -> int:
         """Weights in those layers."""
         return sum(math.prod(layer.shape) for layer in self.quantized)

@@ -43,13 +43,14 @@ def plan(
     from quantlab.estimate import estimate_run
     from quantlab.models import resolve_config
     from quantlab.pipeline import default_output_dir
-    from quantlab.plan import plan_run
+    from quantlab.plan import compute_dtype, plan_run
     from quantlab.recipe import load_recipe
     from quantlab.recipe.layers import assign_methods
 
     loaded = load_recipe(recipe, overrides, model=model)
-    planned = plan_run(assign_methods(loaded), resolve_config(loaded.recipe.model.path))
-    estimate = estimate_run(planned, like)
+    config = resolve_config(loaded.recipe.model.path)
+    planned = plan_run(assign_methods(loaded), config)
+    estimate = estimate_run(planned, config, compute_dtype(loaded.recipe, config), like)
     if as_json:
         click.echo(json.dumps(_record(planned, estimate), indent=2))
         return
@@ -83,7 +84,11 @@ def _plan_rows(planned: "Plan") -> list[tuple[str, str]]:
 def _estimate_rows(planned: "Plan", estimate: "Estimate", like: Path | None) -> list[tuple[str, str]]:
     from quantlab.report.units import format_bytes, format_duration
 
-    basis = "from a probe; within a factor of about 3" if like is None else f"scaled from {like}"
+    basis = (
+        "from seconds of work on this machine; within a factor of about 2 when it is idle"
+        if like is None
+        else f"scaled from {like}"
+    )
     return [
         ("bits per weight", f"{estimate.bits_per_weight:.3f}"),
         ("checkpoint", format_bytes(estimate.checkpoint_bytes)),

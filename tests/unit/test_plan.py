@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, PreTraine
 
 from quantlab.calibration.tokens import window_length
 from quantlab.errors import RecipeError
-from quantlab.estimate import estimate_run, probe, stored_bytes
+from quantlab.estimate import MethodProbe, block_seconds, estimate_run, probe, stored_bytes
 from quantlab.known_configs import KNOWN_CONFIGS
 from quantlab.models import ALIASES, DEMO, resolve_config, resolve_model
 from quantlab.plan import plan_run
@@ -95,14 +95,49 @@ def test_rules_that_keep_every_layer_leave_nothing_to_do():
 def test_expected_storage_is_what_a_run_stores(recipe, tmp_path):
     overrides = ["calibration.num_samples=1", "calibration.sequence_length=32", "evaluation.perplexity=[]"]
     assignment = assign_methods(load_recipe(recipe, overrides))
-    estimate = estimate_run(plan_run(assignment, resolve_config("demo")), None)
+    config = resolve_config("demo")
+    estimate = estimate_run(plan_run(assignment, config), config, torch.float32, None)
     rows = 512  # of down_proj's input, the widest layer of the demo model
     assert estimate.bits_per_weight == pytest.approx(
         sum(estimate.layer_bytes.values()) * 8 / plan_run(assignment, resolve_config("demo")).quantized_parameters
     )
     per_layer = stored_bytes((192, rows), assignment.default, probe(assignment.default))
     assert estimate.layer_bytes["model.layers.0.mlp.down_proj"] == per_layer
-    assert sum(estimate.seconds.values()) > 0
+    assert all(seconds > 0 for seconds in estimate.seconds.values())
+
+
+@pytest.mark.parametrize("name", ["opt-125m", "gpt2", "mixtral"])
+def test_the_time_of_a_block_is_measured_without_weights(name):
+    config = (
+        MixtralConfig(**TINY, num_local_experts=4, num_key_value_heads=2) if name == "mixtral" else resolve_config(name)
+    )
+    assert block_seconds(config, torch.float32) > 0
+
+
+def test_the_time_to_solve_grows_with_the_inputs_of_a_layer():
+    probed = MethodProbe(codebook="lut", outlier_share=0.0, weight_s=1e-6, weight_input_s=1e-9)
+    assert probed.seconds((10, 100)) == pytest.approx(1000 * (1e-6 + 1e-7))
+    assert probed.seconds((10, 10_000)) == pytest.approx(100_000 * (1e-6 + 1e-5))
+
+
+def test_times_are_scaled_from_a_run_by_the_work_of_both(tmp_path):
+    overrides = ["calibration.num_samples=2", "calibration.sequence_length=32", "evaluation.perplexity=[]"]
+    config = resolve_config("demo")
+    plan = plan_run(assign_methods(load_recipe("rtn_w4", overrides)), config)
+    seconds = {"load": 1.0, "forward": 8.0, "statistics": 4.0, "solve": 2.0, "write": 3.0}
+    record = {
+        "layers": [{"shape": list(layer.shape)} for layer in plan.quantized],
+        "calibration": {"tokens": plan.calibration_tokens // 2},
+        "written_bytes": (plan.hidden_states_written + 2_000_000) // 2,
+        "engine_s": seconds,
+        "method": {"name": "rtn"},
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(record))
+    estimate = estimate_run(plan, config, torch.float32, tmp_path)
+    assert estimate.seconds["forward"] == pytest.approx(16)
+    assert estimate.seconds["statistics"] == pytest.approx(8)
+    assert estimate.seconds["solve"] == pytest.approx(2)
+    assert estimate.seconds["write"] == pytest.approx(6, rel=0.1)
 
 
 @pytest.fixture(scope="module")
