@@ -45,7 +45,7 @@ from quantlab.evaluate.perplexity import Forward, in_memory, measure_any
 from quantlab.evaluate.protocols import EvaluationWindows, WindowOptions, evaluation_windows, find_protocol
 from quantlab.evaluate.streamed import measure_streamed, streamed_forward
 from quantlab.evaluate.subject import Subject
-from quantlab.executors import Executor
+from quantlab.executors import Executor, LocalExecutor
 from quantlab.memory import peak_rss_bytes
 from quantlab.models import model_label, resolve_model
 from quantlab.plan import Plan, compute_dtype, engine_options, plan_run, statistics_options
@@ -140,7 +140,10 @@ def execute(
             return output_dir
         plan = plan_run(assignment, read_config(model_folder))
         logged = LoggedProgress(progress, log, stop)
-        run = _Run(assignment, model_folder, workspace, logged, reference)
+        executor = executor or LocalExecutor()
+        executor.require_shared(model_folder, output_dir)
+        executor.link(logged, stop)
+        run = _Run(assignment, model_folder, workspace, logged, reference, executor)
         calibration, corpora = run.timed("read_text", run.read_text)
         run.identify(calibration)
         stream, files = run.timed("quantize", lambda: run.quantize(calibration, stop))
@@ -162,11 +165,13 @@ class _Run:
         workspace: Workspace,
         progress: Progress,
         reference: Forward | None,
+        executor: Executor,
     ) -> None:
         self.assignment = assignment
         self.recipe = recipe = assignment.loaded.recipe
         self.quantizer = assignment.default.quantizer
         self.reference = reference
+        self.executor = executor
         self.model_folder = model_folder
         self.workspace = workspace
         self.folder = workspace.folder
@@ -236,7 +241,7 @@ class _Run:
             engine=engine_options(recipe),
         )
         writer = CheckpointWriter(self.folder / MODEL_FOLDER)
-        stream = quantize_model(request, writer, workspace.journal, workspace.work, self.progress, stop)
+        stream = quantize_model(request, writer, workspace.journal, workspace.work, self.progress, stop, self.executor)
         self.quantize_peak_rss_bytes = peak_rss_bytes()
         config = json.loads((self.model_folder / "config.json").read_text())
         config["dtype"] = str(self.dtype).removeprefix("torch.")

@@ -24,6 +24,7 @@ from torch import Tensor
 from quantlab.api import (
     MAX_BITS,
     MIN_BITS,
+    InputStatistics,
     LayerProblem,
     Lut,
     QuantizedLayer,
@@ -40,8 +41,8 @@ from quantlab.solvers.options import (
 )
 from quantlab.solvers.order import ColumnOrder, inverse_order, processing_order
 from quantlab.solvers.outliers import as_outliers, largest
-from quantlab.solvers.request import check_request, row_chunks, stacked, with_loss, working_dtype
-from quantlab.solvers.sweep import factor_for_sweep
+from quantlab.solvers.request import check_request, prepared_for, row_chunks, stacked, with_loss, working_dtype
+from quantlab.solvers.sweep import SweepFactor, factor_for_sweep
 from quantlab_ganq.alternation import Alternation, Candidate, Keep, best_of
 from quantlab_ganq.conditioning import Preconditioner, diagonally_dominant_factor, shrunk
 from quantlab_ganq.outliers import Corrections, OutlierSelection, tails
@@ -144,8 +145,15 @@ class GanqQuantizer:
         answer, diagnostics = self._solve(problem)
         return with_loss(answer, problem, **diagnostics)
 
+    def prepare_statistics(self, statistics: InputStatistics, dtype: torch.dtype) -> SweepFactor:
+        """The factor of the preconditioned Hessian."""
+        order = self._order(statistics.hessian)
+        if self.preconditioner == "diagonal_dominance":
+            return diagonally_dominant_factor(self._conditioned(statistics), order, dtype)
+        return factor_for_sweep(self._conditioned(statistics), order, self.damping, dtype)
+
     def _solve(self, problem: LayerProblem) -> tuple[QuantizedLayer, dict[str, float]]:
-        layer = self._prepare(problem)
+        layer = self._pose(problem)
         chunks = [slice(None)] if self.keep == "layer" else row_chunks(layer.weight)
         parts = [self._solve_rows(layer.of_rows(rows), problem.spec.levels) for rows in chunks]
         return stacked(parts), layer.factor.diagnostics()
@@ -167,28 +175,24 @@ class GanqQuantizer:
         corrections.refit(layer, replace(best, fitted=replace(best.fitted, codes=codes)))
         return QuantizedLayer(codes=codes, codebook=lut, outliers=as_outliers(corrections.sparse))
 
-    def _prepare(self, problem: LayerProblem) -> Alternation:
-        hessian = problem.require_hessian()
-        weight = problem.weight.to(working_dtype(problem.weight, hessian))
-        order = processing_order(hessian, self.column_order, backwards=True)
-        # Conditioned twice, so that nobody holds the result while the factorisation takes the most memory.
-        if self.preconditioner == "diagonal_dominance":
-            factor = diagonally_dominant_factor(self._conditioned(problem), order, weight.dtype)
-        else:
-            factor = factor_for_sweep(self._conditioned(problem), order, self.damping, weight.dtype)
+    def _pose(self, problem: LayerProblem) -> Alternation:
+        statistics = problem.require_statistics()
+        weight = problem.weight.to(working_dtype(problem.weight, statistics.hessian))
+        factor: SweepFactor = prepared_for(self, problem)
         return Alternation(
             weight=weight,
-            hessian=self._conditioned(problem).to(weight.dtype),
-            order=order,
+            # Conditioned again, so that nobody holds the result while the factorisation takes the most memory.
+            hessian=self._conditioned(statistics).to(weight.dtype),
+            order=self._order(statistics.hessian),
             factor=factor,
             generator=torch.Generator().manual_seed(problem.seed),
         )
 
-    def _conditioned(self, problem: LayerProblem) -> Tensor:
-        hessian = problem.require_hessian()
-        if self.shrinkage and problem.statistics is not None:
-            return shrunk(hessian, problem.statistics.num_tokens)
-        return hessian
+    def _order(self, hessian: Tensor) -> Tensor:
+        return processing_order(hessian, self.column_order, backwards=True)
+
+    def _conditioned(self, statistics: InputStatistics) -> Tensor:
+        return shrunk(statistics.hessian, statistics.num_tokens) if self.shrinkage else statistics.hessian
 
     def _first_corrections(self, layer: Alternation, levels: int) -> Corrections | None:
         if self.outlier_fraction == 0:

@@ -10,6 +10,7 @@ on the recipe and on shapes alone, never on the machine, so that a run can be re
 """
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ SOLVER_ROW_COPIES = 8
 """Float32 copies of the rows being solved: weights, rounded values, errors, codes, and those of the checks."""
 
 MIN_ROWS = 64
-"""Fewer rows at a time would spend the time on repeated factorisations."""
+"""Fewer rows at a time would spend the time on what is done once for all of them."""
 
 LAYERS_PER_STACK = 2
 """Layers of the largest size that share one input, such as gate_proj and up_proj."""
@@ -162,27 +163,31 @@ def plan_memory(
     fixed = _fixed_parts(sizes, min(tokens, samples * sequence_length), statistics)
     chains = 2 if statistics.float_inputs else 1
     hidden = 2 * chains * samples * sequence_length * sizes.hidden_size * sizes.itemsize
+    copies = 1 if options.calibration_shards == 1 else 2  # the sums so far, and those of one shard
     experts = max(0, sizes.expert_groups - 1) * fixed["statistics"]
+    statistics_pass = fixed["statistics"]
+    fixed["statistics"] *= copies
     if budget is None:
         room = {"ram": hidden, "disk": 0, "auto": physical_bytes() // 4}[options.activations]
         experts = min(experts, UNBOUNDED_EXPERTS_BYTES)
-        max_rows, rows = None, sizes.stack_bytes
+        max_rows, rows = _rows_within(sizes, sizes.stack_bytes, options.rows_per_unit)
     else:
         spare = budget - sum(fixed.values())
-        experts = min(experts, max(0, spare // 4))
-        spare -= experts
-        max_rows, rows = _rows_within(sizes, spare // 2)
+        experts = min(experts, max(0, spare // (4 * copies)))
+        spare -= copies * experts
+        max_rows, rows = _rows_within(sizes, spare // 2, options.rows_per_unit)
+        fewest = min(MIN_ROWS, options.rows_per_unit or MIN_ROWS)
         needed = hidden if options.activations == "ram" else 0
-        if (max_rows is not None and max_rows < MIN_ROWS) or spare - rows < needed:
+        if (max_rows is not None and max_rows < fewest) or spare - rows < needed:
             least = max(needed + sizes.stack_bytes, 2 * MIN_ROWS * sizes.row_bytes) + sum(fixed.values())
             raise _too_small(budget, least, fixed | {"hidden states": needed})
         room = 0 if options.activations == "disk" else spare - rows
     return MemoryPlan(
         tokens_per_batch=tokens,
         max_rows=max_rows,
-        statistics_bytes=fixed["statistics"] + experts,
+        statistics_bytes=statistics_pass + experts,
         activations_in_memory=hidden <= room,
-        parts=fixed | {"experts": experts, "rows": rows, "hidden states": hidden if hidden <= room else 0},
+        parts=fixed | {"experts": copies * experts, "rows": rows, "hidden states": hidden if hidden <= room else 0},
     )
 
 
@@ -219,11 +224,13 @@ def _fixed_parts(sizes: ModelSizes, tokens: int, statistics: StatisticsOptions) 
     }
 
 
-def _rows_within(sizes: ModelSizes, room: int) -> tuple[int | None, int]:
+def _rows_within(sizes: ModelSizes, room: int, rows_per_unit: int | None) -> tuple[int | None, int]:
     """The rows to solve at a time, None for all, and their memory."""
     if sizes.stack_bytes <= room:
-        return None, sizes.stack_bytes
-    max_rows = max(0, room // sizes.row_bytes)
+        if rows_per_unit is None:
+            return None, sizes.stack_bytes
+        return rows_per_unit, min(rows_per_unit * sizes.row_bytes, sizes.stack_bytes)
+    max_rows = min(max(0, room // sizes.row_bytes), rows_per_unit or sys.maxsize)
     return max_rows, max_rows * sizes.row_bytes
 
 
