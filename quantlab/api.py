@@ -12,7 +12,7 @@ dequantized weight What. The layer loss is tr(E H Eᵀ), the expected squared er
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -107,6 +107,7 @@ class LayerProblem:
         weight: (out_features, in_features), any floating dtype, possibly non-contiguous.
         spec: the storage budget.
         statistics: None if the method needs none.
+        prepared: what the method's `prepare_statistics` made of these statistics; None if it is to do that itself.
         seed: source of all randomness.
 
     Raises:
@@ -118,6 +119,7 @@ class LayerProblem:
     weight: Tensor
     spec: CodebookSpec
     statistics: InputStatistics | None = None
+    prepared: object = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -173,15 +175,23 @@ class LayerProblem:
             raise ValueError(f"{self.name}: this method needs the Fisher diagonal, but it was not collected")
         return self.statistics.fisher
 
+    def require_statistics(self) -> InputStatistics:
+        """The statistics.
+
+        Raises:
+            ValueError: if the problem carries none.
+        """
+        if self.statistics is None:
+            raise ValueError(f"{self.name}: this method needs the Hessian, but no statistics were collected")
+        return self.statistics
+
     def require_hessian(self) -> Tensor:
         """The Hessian.
 
         Raises:
             ValueError: if the problem carries no statistics.
         """
-        if self.statistics is None:
-            raise ValueError(f"{self.name}: this method needs the Hessian, but no statistics were collected")
-        return self.statistics.hessian
+        return self.require_statistics().hessian
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -278,7 +288,8 @@ class LayerQuantizer(Protocol):
     """A quantization method: a frozen dataclass whose fields are its options.
 
     `info` describes the method with its default options. Where an option changes what the method needs or can do,
-    the instance carries an `info` of its own.
+    the instance carries an `info` of its own. A method that derives something costly from the statistics alone is
+    a `StatisticsPreparer`, too.
     """
 
     info: ClassVar[QuantizerInfo]
@@ -289,6 +300,30 @@ class LayerQuantizer(Protocol):
         Raises:
             ValueError: the request is not supported (bits, groups, missing statistics).
             NumericalError: the problem cannot be solved in floating point.
+        """
+        ...
+
+
+@runtime_checkable
+class StatisticsPreparer(Protocol):
+    """The optional part of a method: work that depends on the statistics alone, such as a factorisation.
+
+    Layers that share an input, and pieces of a layer, have the same statistics. The engine has this work done once
+    for all of them, and hands the outcome on in `LayerProblem.prepared`; it may send it to other machines and devices.
+    """
+
+    def prepare_statistics(self, statistics: InputStatistics, dtype: torch.dtype) -> object:
+        """What `quantize` would otherwise make of the statistics for every problem anew, with the same result.
+
+        Args:
+            statistics: without the Fisher diagonal, which belongs to rows.
+            dtype: what the problems are solved in: float32, or float64 if weights and Hessian are float64.
+
+        Returns:
+            A tensor, or a dataclass of tensors and plain values; None if there is nothing to share.
+
+        Raises:
+            NumericalError: the statistics cannot be treated in floating point.
         """
         ...
 

@@ -280,7 +280,7 @@ def run_cells(
         return
     executor = executor or LocalExecutor()
     recipe = pending[0][0].assignment.loaded.recipe
-    model_folder = resolve_model(recipe.model.path).absolute()
+    model_folder = resolve_model(recipe.model.path)
     work = pending[0][0].folder.parent / REFERENCE
     work.mkdir(exist_ok=True)
     executor.require_shared(model_folder, work)

@@ -46,7 +46,7 @@ from quantlab.evaluate.perplexity import in_memory, measure_any
 from quantlab.evaluate.protocols import EvaluationWindows, WindowOptions, evaluation_windows, find_protocol
 from quantlab.evaluate.streamed import measure_streamed, streamed_forward
 from quantlab.evaluate.subject import Subject
-from quantlab.executors import Executor
+from quantlab.executors import Executor, LocalExecutor
 from quantlab.memory import MemoryTimeline, peak_rss_bytes
 from quantlab.models import model_label, resolve_model
 from quantlab.plan import Plan, compute_dtype, engine_options, plan_run, statistics_options
@@ -158,7 +158,10 @@ def execute(
             return output_dir
         plan = plan_run(assignment, read_config(model_folder))
         logged = LoggedProgress(progress, log, stop)
-        run = _Run(assignment, model_folder, workspace, logged, timeline, reference)
+        executor = executor or LocalExecutor()
+        executor.require_shared(model_folder, output_dir)
+        executor.link(logged, stop)
+        run = _Run(assignment, model_folder, workspace, logged, timeline, reference, executor)
         calibration, corpora = run.timed("read_text", run.read_text)
         run.identify(calibration)
         stream, files = run.timed("quantize", lambda: run.quantize(calibration, stop))
@@ -181,12 +184,14 @@ class _Run:
         progress: Progress,
         timeline: MemoryTimeline,
         reference: FloatReference | None,
+        executor: Executor,
     ) -> None:
         self.assignment = assignment
         self.recipe = recipe = assignment.loaded.recipe
         self.quantizer = assignment.default.quantizer
         self.timeline = timeline
         self.reference = reference
+        self.executor = executor
         self.model_folder = model_folder
         self.workspace = workspace
         self.folder = workspace.folder
@@ -259,7 +264,7 @@ class _Run:
             gradients=self._shared_gradients(calibration, statistics),
         )
         writer = CheckpointWriter(self.folder / MODEL_FOLDER)
-        stream = quantize_model(request, writer, workspace.journal, workspace.work, self.progress, stop)
+        stream = quantize_model(request, writer, workspace.journal, workspace.work, self.progress, stop, self.executor)
         self.quantize_peak_rss_bytes = peak_rss_bytes()
         config = json.loads((self.model_folder / "config.json").read_text())
         config["dtype"] = str(self.dtype).removeprefix("torch.")

@@ -133,7 +133,10 @@ def engine_options(recipe: Recipe) -> EngineOptions:
     """How a recipe wants the machine to be used."""
     budget = recipe.engine.memory_budget
     return EngineOptions(
-        memory_budget_bytes=None if budget is None else parse_size(budget), activations=recipe.engine.activations
+        memory_budget_bytes=None if budget is None else parse_size(budget),
+        activations=recipe.engine.activations,
+        calibration_shards=recipe.engine.calibration_shards,
+        rows_per_unit=recipe.engine.rows_per_unit,
     )
 
 

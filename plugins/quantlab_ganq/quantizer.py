@@ -25,6 +25,7 @@ from torch import Tensor
 from quantlab.api import (
     MAX_BITS,
     MIN_BITS,
+    InputStatistics,
     LayerProblem,
     Lut,
     QuantizedLayer,
@@ -42,8 +43,8 @@ from quantlab.solvers.options import (
 )
 from quantlab.solvers.order import ColumnOrder, inverse_order, processing_order
 from quantlab.solvers.outliers import as_outliers, largest
-from quantlab.solvers.request import check_request, row_chunks, stacked, with_loss, working_dtype
-from quantlab.solvers.sweep import factor_for_sweep
+from quantlab.solvers.request import check_request, prepared_for, row_chunks, stacked, with_loss, working_dtype
+from quantlab.solvers.sweep import SweepFactor, factor_for_sweep
 from quantlab.solvers.trace import trace
 from quantlab_ganq.alternation import Alternation, Candidate, Keep, best_of
 from quantlab_ganq.conditioning import Preconditioner, diagonally_dominant_factor, shrinkage_for, shrunk
@@ -151,8 +152,15 @@ class GanqQuantizer:
         answer, diagnostics = self._solve(problem)
         return with_loss(answer, problem, **diagnostics)
 
+    def prepare_statistics(self, statistics: InputStatistics, dtype: torch.dtype) -> SweepFactor:
+        """The factor of the preconditioned Hessian."""
+        hessian, share = statistics.hessian, self._shrinkage(statistics)
+        if self.preconditioner == "diagonal_dominance":
+            return diagonally_dominant_factor(shrunk(hessian, share), self._order(hessian), dtype)
+        return factor_for_sweep(hessian, self._order(hessian), self.damping, dtype, shrinkage=share)
+
     def _solve(self, problem: LayerProblem) -> tuple[QuantizedLayer, dict[str, float]]:
-        layer = self._prepare(problem)
+        layer = self._pose(problem)
         chunks = [slice(None)] if self.keep == "layer" else row_chunks(layer.weight)
         losses: list[list[Tensor]] = [[] for _ in chunks]
         parts = [
@@ -180,29 +188,25 @@ class GanqQuantizer:
         corrections.refit(layer, replace(best, fitted=replace(best.fitted, codes=codes)))
         return QuantizedLayer(codes=codes, codebook=lut, outliers=as_outliers(corrections.sparse))
 
-    def _prepare(self, problem: LayerProblem) -> Alternation:
-        hessian = problem.require_hessian()
-        weight = problem.weight.to(working_dtype(problem.weight, hessian))
-        order = processing_order(hessian, self.column_order, backwards=True)
-        share = self._shrinkage(problem)
-        if self.preconditioner == "diagonal_dominance":
-            factor = diagonally_dominant_factor(shrunk(hessian, share), order, weight.dtype)
-        else:
-            factor = factor_for_sweep(hessian, order, self.damping, weight.dtype, shrinkage=share)
-        hessian = shrunk(hessian, share).to(weight.dtype)
+    def _pose(self, problem: LayerProblem) -> Alternation:
+        statistics = problem.require_statistics()
+        weight = problem.weight.to(working_dtype(problem.weight, statistics.hessian))
+        factor: SweepFactor = prepared_for(self, problem)
+        hessian = shrunk(statistics.hessian, self._shrinkage(statistics)).to(weight.dtype)
         return Alternation(
             weight=weight,
             hessian=hessian,
-            order=order,
+            order=self._order(statistics.hessian),
             factor=factor,
             gram=LevelGram(hessian),
             generator=torch.Generator().manual_seed(problem.seed),
         )
 
-    def _shrinkage(self, problem: LayerProblem) -> float:
-        if self.shrinkage and problem.statistics is not None:
-            return shrinkage_for(problem.statistics.hessian, problem.statistics.num_tokens)
-        return 0.0
+    def _order(self, hessian: Tensor) -> Tensor:
+        return processing_order(hessian, self.column_order, backwards=True)
+
+    def _shrinkage(self, statistics: InputStatistics) -> float:
+        return shrinkage_for(statistics.hessian, statistics.num_tokens) if self.shrinkage else 0.0
 
     def _first_corrections(self, layer: Alternation, levels: int) -> Corrections | None:
         if self.outlier_fraction == 0:

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from quantlab.api import (
     MAX_BITS,
     MIN_BITS,
     CodebookSpec,
+    InputStatistics,
     LayerProblem,
     QuantizedLayer,
     QuantizerInfo,
@@ -19,7 +21,7 @@ from quantlab.solvers.grid import ClipSearch, as_stored, fit_grid
 from quantlab.solvers.nearest import GridRounder
 from quantlab.solvers.options import check_at_least_one, check_choice, check_finite_and_not_negative
 from quantlab.solvers.order import ColumnOrder, processing_order
-from quantlab.solvers.request import check_request, with_loss, working_dtype
+from quantlab.solvers.request import check_request, prepared_for, with_loss, working_dtype
 from quantlab.solvers.sweep import Assignment, SweepFactor, factor_for_sweep, sweep
 from quantlab_gptq.groups import DynamicGroups
 
@@ -71,13 +73,17 @@ class GptqQuantizer:
                 "times and finishes it late; set column_order: natural, or groups: static"
             )
 
+    def prepare_statistics(self, statistics: InputStatistics, dtype: torch.dtype) -> SweepFactor:
+        """The factor of the damped Hessian."""
+        order = processing_order(statistics.hessian, self.column_order, backwards=False)
+        return factor_for_sweep(statistics.hessian, order, self.damping, dtype)
+
     def quantize(self, problem: LayerProblem) -> QuantizedLayer:
         """Quantize one layer; diagnostics are its loss and the damping needed, a fallback if more than asked for."""
         check_request(problem, self.info)
         hessian = problem.require_hessian()
         weight = problem.weight.to(working_dtype(problem.weight, hessian))
-        order = processing_order(hessian, self.column_order, backwards=False)
-        factor = factor_for_sweep(hessian, order, self.damping, weight.dtype)
+        factor: SweepFactor = prepared_for(self, problem)
         if self.groups == "dynamic" and problem.spec.group_size is not None:
             grid, assignment = self._dynamic(weight, hessian, factor, problem.spec.bits, problem.spec.group_size)
         else:

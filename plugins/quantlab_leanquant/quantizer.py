@@ -6,12 +6,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantlab.api import MAX_BITS, MIN_BITS, LayerProblem, Lut, QuantizedLayer, QuantizerInfo, Statistic
+from quantlab.api import (
+    MAX_BITS,
+    MIN_BITS,
+    InputStatistics,
+    LayerProblem,
+    Lut,
+    QuantizedLayer,
+    QuantizerInfo,
+    Statistic,
+)
 from quantlab.solvers.kmeans import kmeans_levels
 from quantlab.solvers.nearest import LutRounder
 from quantlab.solvers.options import check_choice, check_finite_and_not_negative
 from quantlab.solvers.order import ColumnOrder, inverse_order, processing_order
-from quantlab.solvers.request import check_request, with_loss, working_dtype
+from quantlab.solvers.request import check_request, prepared_for, with_loss, working_dtype
 from quantlab.solvers.sweep import SweepFactor, factor_for_sweep, sweep
 
 _KMEANS_ITERATIONS = 100
@@ -51,13 +60,17 @@ class LeanquantQuantizer:
         check_finite_and_not_negative("exponent", self.exponent)
         check_finite_and_not_negative("damping", self.damping)
 
+    def prepare_statistics(self, statistics: InputStatistics, dtype: torch.dtype) -> SweepFactor:
+        """The factor of the damped Hessian."""
+        order = processing_order(statistics.hessian, self.column_order, backwards=False)
+        return factor_for_sweep(statistics.hessian, order, self.damping, dtype)
+
     def quantize(self, problem: LayerProblem) -> QuantizedLayer:
         """Quantize one layer; diagnostics are its loss and the damping needed, a fallback if more than asked for."""
         check_request(problem, self.info)
         hessian = problem.require_hessian()
         weight = problem.weight.to(working_dtype(problem.weight, hessian))
-        order = processing_order(hessian, self.column_order, backwards=False)
-        factor = factor_for_sweep(hessian, order, self.damping, weight.dtype)
+        factor: SweepFactor = prepared_for(self, problem)
         importance = self._importance(factor, dead=hessian.diagonal() == 0)
         levels = kmeans_levels(weight, problem.spec.levels, _KMEANS_ITERATIONS, importance)
         lut = Lut(values=levels[:, None])

@@ -7,12 +7,15 @@ next pass rounds them anew from there. That is how a poor local optimum is left 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from quantlab.api import MAX_BITS, MIN_BITS, LayerProblem, QuantizedLayer, QuantizerInfo, Statistic
+import torch
+
+from quantlab.api import MAX_BITS, MIN_BITS, InputStatistics, LayerProblem, QuantizedLayer, QuantizerInfo, Statistic
 from quantlab.solvers.grid import as_stored, minmax_grid
 from quantlab.solvers.options import check_at_least_one, check_choice, check_fraction
 from quantlab.solvers.order import ColumnOrder, processing_order
 from quantlab.solvers.outliers import as_outliers
-from quantlab.solvers.request import check_request, with_loss, working_dtype
+from quantlab.solvers.request import check_request, prepared_for, with_loss, working_dtype
+from quantlab.solvers.sweep import SweepFactor, factor_for_sweep
 from quantlab.solvers.trace import loss_of_some_rows, trace
 from quantlab_quantease.outliers import OutlierKind, OutlierSupport
 from quantlab_quantease.state import DescentState
@@ -66,6 +69,14 @@ class QuanteaseQuantizer:
             # The way past a frozen dataclass.
             object.__setattr__(self, "info", replace(self.info, row_independent=False))
 
+    def prepare_statistics(self, statistics: InputStatistics, dtype: torch.dtype) -> SweepFactor | None:
+        """The factor of the damped Hessian for a start from GPTQ."""
+        if self.start != "gptq":
+            return None
+        hessian = statistics.hessian.to(dtype)
+        order = processing_order(hessian, self.column_order, backwards=False)
+        return factor_for_sweep(hessian, order, _GPTQ_DAMPING, dtype)
+
     def quantize(self, problem: LayerProblem) -> QuantizedLayer:
         """Quantize one layer.
 
@@ -79,7 +90,7 @@ class QuanteaseQuantizer:
         grid = minmax_grid(support.without(weight, problem.spec.group_size), problem.spec)
         order = processing_order(hessian, self.column_order, backwards=False)
         state = DescentState(weight, hessian, order, grid, support)
-        diagnostics, losses = self._start(state), []
+        diagnostics, losses = self._start(state, problem), []
         for iteration in range(self.iterations):
             if self._leaves_out_rounding(iteration):
                 state.relax()
@@ -92,9 +103,9 @@ class QuanteaseQuantizer:
         layer = QuantizedLayer(codes=state.codes, codebook=as_stored(grid), outliers=as_outliers(state.sparse))
         return with_loss(layer, problem, **diagnostics, **trace(losses))
 
-    def _start(self, state: DescentState) -> dict[str, float]:
+    def _start(self, state: DescentState, problem: LayerProblem) -> dict[str, float]:
         if self.start == "gptq":
-            return state.start_from_gptq(_GPTQ_DAMPING)
+            return state.start_from_gptq(prepared_for(self, problem))
         if self.start == "rtn":
             state.start_from_rtn()
         return {}

@@ -6,7 +6,7 @@ from torch import Tensor
 from quantlab.api import UniformGrid
 from quantlab.solvers.descent import descend, relax, round_descending
 from quantlab.solvers.nearest import GridRounder, nearest_codes
-from quantlab.solvers.sweep import Assignment, factor_for_sweep, sweep
+from quantlab.solvers.sweep import Assignment, SweepFactor, sweep
 from quantlab_quantease.outliers import OutlierSupport, largest_eigenvalue_bound, thresholding_step
 
 
@@ -42,9 +42,8 @@ class DescentState:
         self.codes = torch.zeros_like(weight, dtype=torch.uint8)
         self.sparse = support.keep_largest(weight)
 
-    def start_from_gptq(self, damping: float) -> dict[str, float]:
-        """Round by one triangular sweep with error feedback; returns the diagnostics of its factor."""
-        factor = factor_for_sweep(self._hessian, self._order, damping, self._weight.dtype)
+    def start_from_gptq(self, factor: SweepFactor) -> dict[str, float]:
+        """Round by one triangular sweep with error feedback; returns the diagnostics of the factor."""
         self._accept(sweep(self._weight - self.sparse, factor, self._nearest))
         return factor.diagnostics()
 

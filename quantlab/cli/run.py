@@ -5,7 +5,15 @@ from pathlib import Path
 
 import click
 
-from quantlab.cli.options import Session, common_options, examples, open_console, recipe_options
+from quantlab.cli.options import (
+    Session,
+    common_options,
+    examples,
+    executor_options,
+    open_console,
+    opened_executor,
+    recipe_options,
+)
 from quantlab.cli.stopping import StopSignals
 
 _FILE_WIDTH = 120  # rich assumes 80 columns where there is no terminal, which would wrap the table
@@ -26,6 +34,7 @@ _FILE_WIDTH = 120  # rich assumes 80 columns where there is no terminal, which w
     type=click.Path(path_type=Path),
     help="The folder to create, or to continue in.  [default: runs/RECIPE-MODEL]",
 )
+@executor_options
 @common_options
 @click.pass_obj
 def run(
@@ -60,9 +69,13 @@ def run(
     assignment = assign_methods(loaded)
     model_folder = resolve_model(loaded.recipe.model.path)
     budget_bytes = engine_options(loaded.recipe).memory_budget_bytes
-    with choose_progress(quiet=session.quiet, budget_bytes=budget_bytes) as progress, StopSignals() as stop:
-        command = shlex.join(["quantlab", *session.arguments])
-        finished = execute(assignment, model_folder, folder, progress, command, stop)
+    command = shlex.join(["quantlab", *session.arguments])
+    with (
+        opened_executor() as executor,
+        choose_progress(quiet=session.quiet, budget_bytes=budget_bytes) as progress,
+        StopSignals() as stop,
+    ):
+        finished = execute(assignment, model_folder, folder, progress, command, stop, executor=executor)
     _print_result(finished)
 
 

@@ -6,12 +6,14 @@ states themselves. Computing them again on another path would be close to them b
 
 import hashlib
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
+from quantlab.checkpoint.atomic import flush
 from quantlab.checkpoint.serialize import write_safetensors
 from quantlab.errors import CheckpointError
 
@@ -24,10 +26,12 @@ class Activations:
     Args:
         folder: where the files are written; created if it does not exist.
         in_memory: whether tensors that were put are kept, so that they need not be read again.
+        shared: whether another process may be about to write the same files: one that was given up for lost.
     """
 
-    def __init__(self, folder: Path, *, in_memory: bool) -> None:
+    def __init__(self, folder: Path, *, in_memory: bool, shared: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._shared = shared
         self._folder = folder
         self._in_memory = in_memory
         self._kept: dict[int, Tensor] = {}
@@ -39,14 +43,20 @@ class Activations:
         Raises:
             ResumableError: they cannot be written.
         """
-        path = self._path(batch)
-        self._hashes[path.name] = write_safetensors(path, {_NAME: hidden})
+        path = self._folder / self.file_name(batch)
+        own = path.with_name(f"{uuid.uuid4().hex}.safetensors") if self._shared else path
+        self._hashes[path.name] = write_safetensors(own, {_NAME: hidden})
+        if self._shared:
+            own.replace(path)
+            flush(self._folder)
         if self._in_memory:
             self._kept[batch] = hidden
 
     def get(self, batch: int) -> Tensor:
         """The hidden states of a batch."""
-        return self._kept[batch] if batch in self._kept else load_file(self._path(batch))[_NAME]
+        if batch in self._kept:
+            return self._kept[batch]
+        return load_file(self._folder / self.file_name(batch))[_NAME]
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 by file name of everything that was put."""
@@ -69,15 +79,21 @@ class Activations:
                 )
         self._hashes = dict(hashes)
         if self._in_memory:
-            self._kept = {batch: self.get(batch).clone() for batch in range(len(hashes))}
+            self._kept = {batch: self.get(batch).clone() for batch in map(self._batch, hashes)}
 
     def remove(self) -> None:
         """Forget everything and delete the files."""
         self._kept.clear()
         shutil.rmtree(self._folder)
 
-    def _path(self, batch: int) -> Path:
-        return self._folder / f"batch-{batch:05d}.safetensors"
+    @staticmethod
+    def file_name(batch: int) -> str:
+        """The file of a batch, by its number."""
+        return f"batch-{batch:05d}.safetensors"
+
+    @staticmethod
+    def _batch(file_name: str) -> int:
+        return int(file_name.removeprefix("batch-").removesuffix(".safetensors"))
 
 
 def _sha256(path: Path) -> str:

@@ -7,32 +7,26 @@ in one pass as the memory allows.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
-from quantlab.engine.chain import Chain
+from quantlab.engine.collect import Group, Place
 from quantlab.engine.linears import group_by_input, weight_of
 from quantlab.engine.measure import LayerResult
-from quantlab.engine.profile import Profile
-from quantlab.engine.solve import SolveOptions, solve_layers
+from quantlab.engine.shards import Shards
+from quantlab.engine.solve import LayerSolver, SolveOptions
 from quantlab.engine.statistics import (
-    Gradients,
     GroupStatistics,
-    StatisticsCollector,
-    StatisticsOptions,
-    capture_inputs,
     statistics_bytes,
 )
 from quantlab.errors import QualityError
-from quantlab.experts import all_tokens_for, expert_groups
+from quantlab.executors import Executor
+from quantlab.experts import expert_groups
 
 COVERAGE = 4
 """An expert that sees fewer tokens than its in_features divided by this is calibrated on all tokens instead."""
-
-Group = list[str]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,59 +34,48 @@ class BlockJob:
     """One block and everything that its layers are solved with.
 
     Attributes:
-        index: of the block.
-        name: of the block in the model.
-        block: loaded, its experts unfused.
+        place: the block, and the batches before it; at least the first of them.
+        shards: all batches.
         options: by full name, of the layers to quantize; the others keep their weights.
-        statistics: what is collected.
-        gradients: of the block's layers, if `statistics.gradients`.
-        quantized: the batches behind the blocks quantized so far.
-        float_chain: the batches in the float model, if `statistics.float_inputs`.
         statistics_bytes: for the statistics that are collected in one pass.
         max_rows: rows that a row-independent method is given at once; None for all.
-        profile: is told where the time goes.
+        executor: where layers are solved.
     """
 
-    index: int
-    name: str
-    block: nn.Module
+    place: Place
+    shards: Shards
     options: Mapping[str, SolveOptions]
-    statistics: StatisticsOptions
-    gradients: Gradients | None
-    quantized: Chain
-    float_chain: Chain | None
     statistics_bytes: int
     max_rows: int | None
-    profile: Profile
+    executor: Executor
 
     def full(self, layer: str) -> str:
         """The name in the model of a layer of the block."""
-        return f"{self.name}.{layer}"
+        return self.place.full(layer)
 
 
-def quantize_block(job: BlockJob, originals: Mapping[str, nn.Module]) -> Iterator[LayerResult]:
+def quantize_block(job: BlockJob) -> Iterator[LayerResult]:
     """Quantize the layers of a block in place, and report on each as soon as it is done.
-
-    Args:
-        job: the block.
-        originals: its linear layers, as `find_linears` names them before anything is replaced.
 
     Raises:
         PluginError: the method broke its contract.
         QualityError: the method departed from its options or an expert saw too few tokens, and neither may be.
         NumericalError: a layer cannot be solved.
     """
-    experts = expert_groups(job.block)
+    place, originals = job.place, job.place.originals
+    experts = expert_groups(place.block)
     expert_layers = {layer for group in experts for layer in group}
     plain = {layer: linear for layer, linear in originals.items() if layer not in expert_layers}
-    groups = group_by_input(plain, partial(job.quantized.run, job.index, 0))
+    groups = group_by_input(plain, partial(place.quantized.run, place.index, 0))
     for wave in _waves(job, groups, experts, originals):
-        collected = _collect(job, wave, originals)
+        collected = job.shards.collect(place, wave, ())
         routed = {}
         if wave[0][0] in expert_layers:
             routed = _widen_coverage(job, wave, collected, originals)
+        with job.place.profile.timed("solve"):
+            solvers = [_solver(job, group, collected.pop(0), originals) for group in wave]
         for group in wave:
-            yield from _solve(job, group, collected.pop(0), originals, routed.get(group[0]))
+            yield from _put_in_place(job, group, solvers.pop(0), routed.get(group[0]))
 
 
 def _waves(
@@ -110,36 +93,13 @@ def _waves(
         room = 0
         for group in filter(None, groups):
             in_features = weight_of(originals[group[0]]).shape[1]
-            size = statistics_bytes(in_features, len(group), job.statistics)
+            size = statistics_bytes(in_features, len(group), job.place.statistics)
             if size > room:
                 waves.append([])
                 room = max(job.statistics_bytes, size)
             waves[-1].append(group)
             room -= size
     return waves
-
-
-def _collect(job: BlockJob, wave: Sequence[Group], originals: Mapping[str, nn.Module]) -> list[GroupStatistics]:
-    """The statistics of each group, over all batches in fixed order, in one pass."""
-    collectors = [
-        StatisticsCollector({job.full(layer): originals[layer] for layer in group}, job.statistics, job.gradients)
-        for group in wave
-    ]
-    firsts = [group[0] for group in wave]
-    linears = [originals[layer] for layer in firsts]
-    for batch in range(len(job.quantized)):
-        quantized: list[Tensor | None] = [None] * len(wave)
-        float_inputs = quantized
-        if job.statistics.quantized_inputs:
-            quantized = capture_inputs(linears, partial(job.quantized.run, job.index, batch))
-        if job.float_chain is not None:
-            with layers_in_place(job.block, originals):
-                float_inputs = capture_inputs(linears, partial(job.float_chain.run, job.index, batch))
-        with job.profile.timed("statistics"):
-            for collector, inputs, reference in zip(collectors, quantized, float_inputs, strict=True):
-                collector.add(inputs, reference)
-    with job.profile.timed("statistics"):
-        return [collector.finish() for collector in collectors]
 
 
 def _widen_coverage(
@@ -167,38 +127,31 @@ def _widen_coverage(
     if routed:
         chosen = [position for position, group in enumerate(wave) if group[0] in routed]
         low = [wave[position] for position in chosen]
-        with all_tokens_for(job.block, [layer for group in low for layer in group]):
-            for position, statistics in zip(chosen, _collect(job, low, originals), strict=True):
-                collected[position] = statistics
+        widened = job.shards.collect(job.place, low, [layer for group in low for layer in group])
+        for position, statistics in zip(chosen, widened, strict=True):
+            collected[position] = statistics
     return routed
 
 
-def _solve(
-    job: BlockJob, group: Group, statistics: GroupStatistics, originals: Mapping[str, nn.Module], routed: int | None
-) -> Iterator[LayerResult]:
-    """Solve the layers of a group and put the answers in their places."""
+def _solver(
+    job: BlockJob, group: Group, statistics: GroupStatistics, originals: Mapping[str, nn.Module]
+) -> LayerSolver:
+    """Begin to solve the layers of a group."""
     linears = {job.full(layer): originals[layer] for layer in group}
-    with job.profile.timed("solve"):
-        options = {layer: job.options[layer] for layer in linears}
-        solved = solve_layers(linears, statistics, options, max_rows=job.max_rows)
+    options = {layer: job.options[layer] for layer in linears}
+    return LayerSolver(linears, statistics, options, job.max_rows, job.executor)
+
+
+def _put_in_place(job: BlockJob, group: Group, solver: LayerSolver, routed: int | None) -> Iterator[LayerResult]:
+    """Solve the layers of a group and put the answers in their places."""
+    with job.place.profile.timed("solve"):
+        solved = solver.finish()
     for layer in group:
         module, result = solved[job.full(layer)]
-        job.block.set_submodule(layer, module)
+        job.place.block.set_submodule(layer, module)
+        job.shards.solved(layer, module)
         if routed is not None:
             fallbacks = result.diagnostics.get("fallbacks", 0) + 1
             diagnostics = {**result.diagnostics, "fallbacks": fallbacks, "routed_tokens": routed}
             result = replace(result, diagnostics=diagnostics)
         yield result
-
-
-@contextmanager
-def layers_in_place(block: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside, a block has these layers; afterwards those that it has now."""
-    current = {layer: block.get_submodule(layer) for layer in layers}
-    for layer, module in layers.items():
-        block.set_submodule(layer, module)
-    try:
-        yield
-    finally:
-        for layer, module in current.items():
-            block.set_submodule(layer, module)

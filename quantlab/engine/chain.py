@@ -22,22 +22,37 @@ class Chain:
         folder: for the files of the hidden states; leftovers of a former process may be in it.
         in_memory: whether hidden states are kept in memory, too.
         profile: is told where the time goes.
+        numbers: of the batches in the calibration set, if they are a part of it; files are named by them, and other
+            processes work on the other parts.
+        begin: whether the batches stand before the first block; otherwise `stand_at` says where, before anything else.
     """
 
     def __init__(
-        self, driver: BlockDriver[Any], batches: Sequence[Tensor], folder: Path, *, in_memory: bool, profile: Profile
+        self,
+        driver: BlockDriver[Any],
+        batches: Sequence[Tensor],
+        folder: Path,
+        *,
+        in_memory: bool,
+        profile: Profile,
+        numbers: range | None = None,
+        begin: bool = True,
     ) -> None:
         self._driver = driver
         self._folder = folder
         self._in_memory = in_memory
         self._profile = profile
+        self._numbers = range(len(batches)) if numbers is None else numbers
+        self._shared = numbers is not None
         self._recorded: list[Any] = []
-        self._hidden = self._generation(0)
-        for number, ids in enumerate(batches):
+        self._standing_at = 0
+        self._hidden = self.generation(0)
+        for number, ids in zip(self._numbers, batches, strict=True):
             with profile.timed("forward"):
                 hidden, batch = driver.record(ids)
             self._recorded.append(batch)
-            self._put(self._hidden, number, hidden)
+            if begin:
+                self._put(self._hidden, number, hidden)
 
     def __len__(self) -> int:
         return len(self._recorded)
@@ -45,7 +60,7 @@ class Chain:
     def run(self, index: int, batch: int) -> Tensor:
         """The output of block `index`, which must be the next one, for one batch."""
         with self._profile.timed("load"):
-            hidden = self._hidden.get(batch)
+            hidden = self._hidden.get(self._numbers[batch])
         with self._profile.timed("forward"):
             return self._driver.run_block(index, hidden, self._recorded[batch])
 
@@ -63,18 +78,30 @@ class Chain:
             NumericalError: the block's output is not finite.
             ResumableError: the hidden states cannot be written.
         """
-        following = self._generation(index + 1)
-        for number, batch in enumerate(self._recorded):
-            output = self.run(index, number)
+        following = self.generation(index + 1)
+        for position, batch in enumerate(self._recorded):
+            output = self.run(index, position)
             if not torch.isfinite(output).all():
                 raise NumericalError(
                     f"{name}: its output contains NaN or infinity in {output.dtype}; use --set model.dtype=float32"
                 )
             with self._profile.timed("forward"):
                 hidden = self._driver.advance(index, output, batch)
-            self._put(following, number, hidden)
+            self._put(following, self._numbers[position], hidden)
         passed, self._hidden = self._hidden, following
+        self._standing_at = index + 1
         return passed
+
+    def stand_at(self, index: int, hashes: Mapping[str, str]) -> None:
+        """Be at the door of block `index` with files that this or another process has written there.
+
+        Raises:
+            CheckpointError: the files are missing or have changed.
+        """
+        if (self._standing_at, self.hashes()) != (index, dict(hashes)):
+            self._hidden = self.generation(index)
+            self._hidden.restore(hashes)
+            self._standing_at = index
 
     def continue_from(self, index: int, hashes: Mapping[str, str]) -> None:
         """Go on at the door of block `index`, where a former process stood.
@@ -88,7 +115,7 @@ class Chain:
                 and did not give the same.
         """
         if not self._driver.replay_on_resume:
-            restored = self._generation(index)
+            restored = self.generation(index)
             restored.restore(hashes)
             self._hidden.remove()
             self._hidden = restored
@@ -104,15 +131,17 @@ class Chain:
 
     def finish(self, batch: int) -> Tensor:
         """The logits of a batch behind the last block: (sequences, tokens, vocabulary)."""
-        return self._driver.finish(self._recorded[batch], self._hidden.get(batch))
+        return self._driver.finish(self._recorded[batch], self._hidden.get(self._numbers[batch]))
 
     def remove(self) -> None:
         """Forget the hidden states and delete their files."""
         self._hidden.remove()
 
+    def generation(self, index: int) -> Activations:
+        """The hidden states at the door of a block."""
+        folder = self._folder / f"block-{index:05d}"
+        return Activations(folder, in_memory=self._in_memory, shared=self._shared)
+
     def _put(self, generation: Activations, batch: int, hidden: Tensor) -> None:
         with self._profile.timed("write"):
             generation.put(batch, hidden)
-
-    def _generation(self, index: int) -> Activations:
-        return Activations(self._folder / f"block-{index:05d}", in_memory=self._in_memory)

@@ -1,14 +1,16 @@
 """Measure how well a quantized layer does what it was asked to."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantlab.api import CodebookSpec, layer_loss
 from quantlab.engine.statistics import GroupStatistics, row_groups
+from quantlab.executors import Executor
 from quantlab.runtime import LutLinear
 from quantlab.solvers.grid import round_to_nearest
 
@@ -57,6 +59,9 @@ def measure_layer(
     spec: CodebookSpec,
     statistics: GroupStatistics,
     diagnostics: Sequence[Mapping[str, float]],
+    *,
+    executor: Executor,
+    hessians: Mapping[int, Any],
 ) -> LayerResult:
     """What is reported about a layer.
 
@@ -68,20 +73,22 @@ def measure_layer(
         spec: its storage budget.
         statistics: of its input.
         diagnostics: of each part that the layer was solved in.
+        executor: where rows are measured.
+        hessians: handles of the executor, by the identity of the moments.
     """
     stored = module.dequantize()
-    scale = loss = baseline = shift = 0.0
     moments = statistics.moments[name]
-    for group, own in zip(row_groups(len(weight), len(moments)), moments, strict=True):
-        for start in range(group.start, group.stop, _ROWS_PER_PIECE):
-            rows = slice(start, min(group.stop, start + _ROWS_PER_PIECE))
-            wanted = target[rows].float()
-            rounded = round_to_nearest(wanted, spec).dequantize()
-            loss += layer_loss(wanted, stored[rows], own.hessian).sum().item()
-            scale += layer_loss(wanted, torch.zeros_like(wanted), own.hessian, dtype=torch.float32).sum().item()
-            baseline += layer_loss(wanted, rounded, own.hessian, dtype=torch.float32).sum().item()
-            if target is not weight:
-                shift += layer_loss(wanted, weight[rows], own.hessian).sum().item()
+
+    def units() -> Iterator[tuple[Any, ...]]:
+        for group, own in zip(row_groups(len(weight), len(moments)), moments, strict=True):
+            for start in range(group.start, group.stop, _ROWS_PER_PIECE):
+                rows = slice(start, min(group.stop, start + _ROWS_PER_PIECE))
+                wanted = target[rows].float()
+                yield wanted, stored[rows], None if target is weight else weight[rows], hessians[id(own)], spec
+
+    scale = loss = baseline = shift = 0.0
+    for piece in executor.map(measure_rows, units()):
+        scale, loss, baseline, shift = (sum(pair) for pair in zip((scale, loss, baseline, shift), piece, strict=True))
     scale = scale or 1.0
     return LayerResult(
         name=name,
@@ -95,6 +102,27 @@ def measure_layer(
         target_shift=shift / scale,
         diagnostics=_merged(diagnostics),
     )
+
+
+def measure_rows(
+    wanted: Tensor, stored: Tensor, weight: Tensor | None, hessian: Tensor, spec: CodebookSpec
+) -> tuple[float, float, float, float]:
+    """Sums over rows of tr(T H Tᵀ), tr(E H Eᵀ), the same of rounding to nearest, and tr(S H Sᵀ); a unit of an executor.
+
+    Args:
+        wanted: T, (rows, in_features) float32.
+        stored: T - E, the rows as they are stored.
+        weight: T - S, or None if S is 0.
+        hessian: H, (in_features, in_features).
+        spec: the storage budget.
+    """
+
+    def loss(of: Tensor, dtype: torch.dtype = torch.float64) -> float:
+        return layer_loss(wanted, of, hessian, dtype=dtype).sum().item()
+
+    scale = loss(torch.zeros_like(wanted), torch.float32)
+    baseline = loss(round_to_nearest(wanted, spec).dequantize(), torch.float32)
+    return scale, loss(stored), baseline, 0.0 if weight is None else loss(weight)
 
 
 def _merged(diagnostics: Sequence[Mapping[str, float]]) -> dict[str, float]:

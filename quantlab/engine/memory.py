@@ -44,7 +44,7 @@ ROWS_RESERVE = 4
 """Room that the budget leaves for rows, in multiples of that: methods that cluster every row hold that much."""
 
 MIN_ROWS = 64
-"""Fewer rows at a time would spend the time on repeated factorisations."""
+"""Fewer rows at a time would spend the time on what is done once for all of them."""
 
 LAYERS_PER_STACK = 2
 """Layers of the largest size that share one input, such as gate_proj and up_proj."""
@@ -216,42 +216,46 @@ def plan_memory(
     budget = options.memory_budget_bytes
     tokens = _tokens_per_batch(sizes, sequence_length, budget)
     batch_tokens = min(tokens, samples * sequence_length)
-    groups = [_solving(sizes, columns, statistics, calibrated) for columns in {columns for _, columns in sizes.shapes}]
+    copies = 1 if options.calibration_shards == 1 else 2  # the sums so far, and those of one shard
+    widths = {columns for _, columns in sizes.shapes}
+    groups = [_solving(sizes, columns, statistics, calibrated, copies) for columns in widths]
+    one_pass = max(group.statistics for group in groups) // copies
     chains = 2 if statistics.float_inputs else 1
     hidden = 2 * chains * samples * sequence_length * sizes.hidden_size * sizes.itemsize
-    experts = max(0, sizes.expert_groups - 1) * max(group.statistics for group in groups)
+    experts = max(0, sizes.expert_groups - 1) * one_pass
     always = {"runtime": RUNTIME_BYTES, "outside": sizes.outside_bytes, "block": sizes.block_bytes}
     batch = {"batch": sizes.inside_bytes(batch_tokens), "logits": sizes.logits_bytes(batch_tokens)}
     if budget is None:
         room = {"ram": hidden, "disk": 0, "auto": physical_bytes() // 4}[options.activations]
         experts = min(experts, UNBOUNDED_EXPERTS_BYTES)
-        max_rows = None
+        max_rows = options.rows_per_unit
     else:
+        fewest = min(MIN_ROWS, options.rows_per_unit or MIN_ROWS)
         needed = hidden if options.activations == "ram" else 0
         spare = budget - RUNTIME_BYTES - needed
         inside = spare - _beside_block(sizes.block_bytes) - (sizes.outside_bytes if outside_stays else 0)
-        experts = min(experts, max(0, inside - max(group.fixed for group in groups)) // 4)
-        max_rows = min(
-            (rows for group in groups if (rows := group.rows_within(inside - experts)) is not None), default=None
-        )
+        experts = min(experts, max(0, inside - max(group.fixed for group in groups)) // (4 * copies))
+        inside -= copies * experts
+        bounds = [options.rows_per_unit, *(group.rows_within(inside) for group in groups)]
+        max_rows = min((bound for bound in bounds if bound is not None), default=None)
         largest = max(group.reserved(max_rows) for group in groups)
         statistics_and_batch = max(group.statistics for group in groups) + batch["batch"]
         outside = sizes.outside_bytes + max(sizes.block_bytes, batch["logits"])
-        if (max_rows is not None and max_rows < MIN_ROWS) or max(statistics_and_batch - inside, outside - spare) > 0:
-            least = max(max(group.reserved(MIN_ROWS) for group in groups), statistics_and_batch)
+        if (max_rows is not None and max_rows < fewest) or max(statistics_and_batch - inside, outside - spare) > 0:
+            least = max(max(group.reserved(fewest) for group in groups), statistics_and_batch)
             least = budget + max(least - inside, outside - spare)
-            parts = always | batch | _parts_of(max(groups, key=lambda group: group.fixed), MIN_ROWS)
+            parts = always | batch | _parts_of(max(groups, key=lambda group: group.fixed), fewest)
             raise _too_small(budget, least, parts | {"hidden states": needed})
-        room = 0 if options.activations == "disk" else needed + min(inside - experts - largest, spare - outside)
+        room = 0 if options.activations == "disk" else needed + min(inside - largest, spare - outside)
     largest_group = max(groups, key=lambda group: group.fixed + group.rows_of(max_rows))
     parts = _parts_of(largest_group, max_rows)
     return MemoryPlan(
         tokens_per_batch=tokens,
         max_rows=max_rows,
-        statistics_bytes=max(group.statistics for group in groups) + experts,
+        statistics_bytes=one_pass + experts,
         activations_in_memory=hidden <= room,
         outside_stays=outside_stays,
-        parts=always | batch | parts | {"experts": experts, "hidden states": hidden if hidden <= room else 0},
+        parts=always | batch | parts | {"experts": copies * experts, "hidden states": hidden if hidden <= room else 0},
     )
 
 
@@ -281,11 +285,11 @@ def _batch_bytes(sizes: ModelSizes, tokens: int) -> int:
     return max(sizes.inside_bytes(tokens), LOGITS_RESERVE * sizes.logits_bytes(tokens))
 
 
-def _solving(sizes: ModelSizes, columns: int, statistics: StatisticsOptions, calibrated: bool) -> _Solving:
+def _solving(sizes: ModelSizes, columns: int, statistics: StatisticsOptions, calibrated: bool, copies: int) -> _Solving:
     elements = sizes.stack_elements(columns)
     num_layers = LAYERS_PER_HIDDEN_STATE if columns == sizes.hidden_size else 1
     return _Solving(
-        statistics=statistics_bytes(columns, num_layers, statistics),
+        statistics=copies * statistics_bytes(columns, num_layers, statistics),
         solver=SOLVER_MATRICES * 4 * columns**2 if calibrated else 0,
         layers=LAYER_BYTES * elements,
         rows=SOLVER_ROW_COPIES * 4 * elements,

@@ -59,6 +59,16 @@ class MomentSums:
         if self._drift is not None and drift is not None:
             self._drift.addmm_(drift.T, piece)
 
+    def raw(self) -> tuple[Tensor, Tensor | None]:
+        """The sums for H, of which only slabs on and above the diagonal are computed, and for D."""
+        return self._hessian, self._drift
+
+    def absorb(self, hessian: Tensor, drift: Tensor | None) -> None:
+        """Add the sums over other tokens."""
+        self._hessian.add_(hessian)
+        if self._drift is not None and drift is not None:
+            self._drift.add_(drift)
+
     def finish(self, num_tokens: int) -> Moments:
         """The means; zero if there was no token."""
         for start in range(0, len(self._hessian), COLUMNS_PER_SLAB):

@@ -20,10 +20,14 @@ class EngineOptions:
     Attributes:
         memory_budget_bytes: the memory that the process may occupy; None for no limit.
         activations: where hidden states are kept between blocks; "auto" takes memory if there is room.
+        calibration_shards: parts of the calibration set whose sums are added in order.
+        rows_per_unit: rows that a row-independent method is given at once; None for all that the budget allows.
     """
 
     memory_budget_bytes: int | None = None
     activations: Literal["auto", "ram", "disk"] = "auto"
+    calibration_shards: int = 1
+    rows_per_unit: int | None = None
 
 
 @contextmanager

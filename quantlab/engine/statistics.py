@@ -96,6 +96,19 @@ class GroupStatistics:
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PartialStatistics:
+    """Sums over some batches.
+
+    Attributes:
+        num_tokens: that were added.
+        sums: by row group, what the Hessian and the drift (or None) are means of; of the former the upper triangle.
+    """
+
+    num_tokens: int
+    sums: tuple[tuple[Tensor, Tensor | None], ...]
+
+
 def row_groups(out_features: int, count: int) -> list[slice]:
     """Rows cut into `count` runs of nearly equal length, fewer if there are fewer rows."""
     count = min(count, out_features)
@@ -179,12 +192,18 @@ class StatisticsCollector:
         linears: the layers of the group, by full name.
         options: what is collected.
         gradients: of these layers, if `options.gradients`.
+        first_token: number in the calibration set of the first token that is added.
     """
 
     def __init__(
-        self, linears: Mapping[str, nn.Module], options: StatisticsOptions, gradients: Gradients | None = None
+        self,
+        linears: Mapping[str, nn.Module],
+        options: StatisticsOptions,
+        gradients: Gradients | None = None,
+        first_token: int = 0,
     ) -> None:
         self._options = options
+        self._first_token = first_token
         self._names = list(linears)
         self._gradients = gradients or Gradients()
         self._num_tokens = 0
@@ -218,14 +237,24 @@ class StatisticsCollector:
             )
         if inputs is None or reference is None:
             return
-        self._require_saliency(self._num_tokens + inputs[..., 0].numel(), at_most=True)
+        self._require_saliency(self._first_token + self._num_tokens + inputs[..., 0].numel(), at_most=True)
         rows, reference_rows = (tensor.reshape(-1, self._in_features) for tensor in (inputs, reference))
         for start in range(0, len(rows), TOKENS_PER_PIECE):
             piece = rows[start : start + TOKENS_PER_PIECE].float()
             drift = None if reference is inputs else reference_rows[start : start + TOKENS_PER_PIECE].float() - piece
             for sums in self._sums:
-                sums.add(piece, drift, self._num_tokens)
+                sums.add(piece, drift, self._first_token + self._num_tokens)
             self._num_tokens += len(piece)
+
+    def partial(self) -> "PartialStatistics":
+        """The sums so far, for another collector of the same group to absorb."""
+        return PartialStatistics(num_tokens=self._num_tokens, sums=tuple(sums.raw() for sums in self._sums))
+
+    def absorb(self, partial: "PartialStatistics") -> None:
+        """Add the sums over other batches."""
+        self._num_tokens += partial.num_tokens
+        for sums, (hessian, drift) in zip(self._sums, partial.sums, strict=True):
+            sums.absorb(hessian, drift)
 
     def finish(self) -> GroupStatistics:
         """The statistics; the collector gives its memory away and cannot be used again.

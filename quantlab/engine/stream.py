@@ -8,6 +8,7 @@ it are on disk. A new process with the same journal goes on behind the last fini
 """
 
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,9 +23,10 @@ from transformers import PreTrainedModel
 
 from quantlab.checkpoint.writer import CheckpointWriter
 from quantlab.engine.activations import Activations
-from quantlab.engine.block import BlockJob, layers_in_place, quantize_block
+from quantlab.engine.block import BlockJob, quantize_block
 from quantlab.engine.calls import BlockDriver
 from quantlab.engine.chain import Chain
+from quantlab.engine.collect import Place
 from quantlab.engine.drive import open_driver
 from quantlab.engine.finished import BLOCK, REST, FinishedBlock
 from quantlab.engine.gradients import collect_gradients, read_gradients
@@ -35,9 +37,12 @@ from quantlab.engine.memory import MemoryPlan, give_freed_memory_back, plan_memo
 from quantlab.engine.options import EngineOptions, OptionsOf
 from quantlab.engine.prefetch import Prefetch
 from quantlab.engine.profile import Profile
+from quantlab.engine.replica import ShardSite
+from quantlab.engine.shards import LocalShards, RemoteShards, Shards, shard_ranges
 from quantlab.engine.statistics import Gradients, StatisticsOptions, require_collectable
 from quantlab.engine.survey import survey_model
 from quantlab.errors import ResumableError
+from quantlab.executors import Executor, LocalExecutor
 from quantlab.experts import fused_experts, unfuse
 from quantlab.progress import Progress
 from quantlab.runtime import LutLinear, ModuleSpec, storage_layout
@@ -105,6 +110,7 @@ def quantize_model(
     work: Path,
     progress: Progress,
     stop: Callable[[], bool] = lambda: False,
+    executor: Executor | None = None,
 ) -> StreamResult:
     """Quantize the linear layers inside the decoder blocks of a causal LM.
 
@@ -117,6 +123,7 @@ def quantize_model(
         work: folder for hidden states; to be removed when the run is complete.
         progress: is told about every finished layer.
         stop: asked after every block; a true answer ends the run there.
+        executor: where layers are solved; None for this process.
 
     Raises:
         ModelError: the model cannot be streamed.
@@ -127,7 +134,7 @@ def quantize_model(
         CheckpointError: what a former process finished is missing or has changed.
         ResumableError: the run was stopped, or the disk is full.
     """
-    stream = _Stream(request, writer, journal, work, progress)
+    stream = _Stream(request, writer, journal, work, progress, executor or LocalExecutor())
     with stream.driven():
         while not stream.complete:
             stream.process_block()
@@ -141,12 +148,19 @@ class _Stream:
 
     _driver: BlockDriver[Any]
     _chains: dict[str, Chain]
+    _shards: Shards
 
     def __init__(
-        self, request: StreamRequest, writer: CheckpointWriter, journal: Journal, work: Path, progress: Progress
+        self,
+        request: StreamRequest,
+        writer: CheckpointWriter,
+        journal: Journal,
+        work: Path,
+        progress: Progress,
+        executor: Executor,
     ) -> None:
         self._request, self._writer, self._journal = request, writer, journal
-        self._work, self._progress = work, progress
+        self._work, self._progress, self._executor = work, progress, executor
         self._gradients_folder = request.gradients or work / "gradients"
         self._borrowed_s = 0.0
         self._profile = Profile()
@@ -189,8 +203,8 @@ class _Stream:
             self._driver = driver
             if driver.mode == "suspend":
                 self._memory = self._plan_memory(outside_stays=True)
-            self._chains = {name: self._chain(name) for name in self._chain_names()}
             self._progress.begin("quantizing", len(self._options), "layers")
+            self._shards = self._open_shards()
             if self._done:
                 self._resume()
             if driver.mode == "record":
@@ -200,29 +214,25 @@ class _Stream:
     def process_block(self) -> None:
         """Quantize, write and leave the next block."""
         index = len(self._done)
-        block, name = self._blocks[index], self._name(index)
+        block = self._blocks[index]
         if index > 0:
             self._load_block(index)
         originals = find_linears(block)
+        place = self._place(index, originals)
         job = BlockJob(
-            index=index,
-            name=name,
-            block=block,
+            place=place,
+            shards=self._shards,
             options=self._options,
-            statistics=self._statistics,
-            gradients=self._gradients(index, originals),
-            quantized=self._chains[QUANTIZED],
-            float_chain=self._chains.get(FLOAT),
             statistics_bytes=self._memory.statistics_bytes,
             max_rows=self._memory.max_rows,
-            profile=self._profile,
+            executor=self._executor,
         )
         results = []
         with self._prefetching(index + 1):
-            for result in quantize_block(job, originals):
+            for result in quantize_block(job):
                 results.append(result)
                 self._progress.advance(detail=_describe(result, index, len(self._blocks)))
-            passed = self._propagate(index, originals)
+            passed = self._shards.propagate(place)
         self._commit(index, results)
         for hidden in passed:
             hidden.remove()
@@ -296,16 +306,47 @@ class _Stream:
             shard, digest = self._writer.add_shard("rest", tensors, narrow_to=self._storage_dtype)
             self._journal.append({"kind": REST, "shard": shard, "sha256": digest})
 
-    def _chain_names(self) -> list[str]:
-        return [QUANTIZED, FLOAT] if self._statistics.float_inputs else [QUANTIZED]
+    def _open_shards(self) -> Shards:
+        """The batches before the first block, here or on the machines of the executor."""
+        ranges = shard_ranges(len(self._batches), self._request.engine.calibration_shards)
+        remote = self._executor.remote and len(ranges) > 1
+        if remote and self._driver.replay_on_resume:
+            remote = False
+            self._progress.advance(0, "calibration stays on this machine: blocks hand on more than hidden states")
+        names = [QUANTIZED, FLOAT] if self._statistics.float_inputs else [QUANTIZED]
+        self._chains = {
+            name: Chain(
+                self._driver,
+                self._batches[:1] if remote else self._batches,
+                self._work / name,
+                in_memory=self._memory.activations_in_memory and not remote,
+                profile=self._profile,
+                numbers=range(1) if remote else None,
+                begin=not remote,
+            )
+            for name in names
+        }
+        if not remote:
+            return LocalShards(self._chains, self._batches, ranges)
+        shards = RemoteShards(self._executor, [self._site(numbers) for numbers in ranges], self._chains)
+        if not self._done:
+            shards.start()
+        return shards
 
-    def _chain(self, name: str) -> Chain:
-        return Chain(
-            self._driver,
-            self._batches,
-            self._work / name,
+    def _site(self, numbers: range) -> ShardSite:
+        return ShardSite(
+            key=uuid.uuid4().hex,
+            source=self._request.source.absolute(),
+            dtype=self._request.dtype,
+            batches=tuple(self._batches[numbers.start : numbers.stop]),
+            numbers=numbers,
+            first_token=sum(ids.numel() for ids in self._batches[: numbers.start]),
+            probe=self._batches[0][:1],
+            chains=tuple(self._chains),
+            work=self._work.absolute(),
+            gradients=self._gradients_folder.absolute(),
+            statistics=self._statistics,
             in_memory=self._memory.activations_in_memory,
-            profile=self._profile,
         )
 
     def _resume(self) -> None:
@@ -317,8 +358,7 @@ class _Stream:
                 self._replay(index, finished)
         else:
             unload(self._blocks[0])
-        for name, chain in self._chains.items():
-            chain.continue_from(len(self._done), self._done[-1].hidden[name])
+        self._shards.continue_from(len(self._done), self._done[-1].hidden)
         layers = sum(len(finished.layers) for finished in self._done)
         self._progress.advance(layers, f"continuing after {self.position}, finished before")
 
@@ -333,17 +373,22 @@ class _Stream:
             stored = {key: tensors[f"{layer}.{key}"] for key in storage_layout(spec)}
             linear = originals[layer.removeprefix(f"{name}.")]
             self._model.set_submodule(layer, LutLinear(spec, stored, bias_of(linear)))
-        for hidden in self._propagate(index, originals):
+        for hidden in self._shards.propagate(self._place(index, originals)):
             hidden.remove()
         self._leave_block(block, originals)
 
-    def _propagate(self, index: int, originals: Mapping[str, nn.Module]) -> list[Activations]:
-        """Take all chains through a block; returns the hidden states before it."""
-        passed = [self._chains[QUANTIZED].propagate(index, self._name(index))]
-        if FLOAT in self._chains:
-            with layers_in_place(self._blocks[index], originals):
-                passed.append(self._chains[FLOAT].propagate(index, self._name(index)))
-        return passed
+    def _place(self, index: int, originals: Mapping[str, nn.Module]) -> Place:
+        return Place(
+            index=index,
+            name=self._name(index),
+            block=self._blocks[index],
+            originals=originals,
+            statistics=self._statistics,
+            gradients=self._gradients(index, originals),
+            quantized=self._chains[QUANTIZED],
+            float_chain=self._chains.get(FLOAT),
+            profile=self._profile,
+        )
 
     def _commit(self, index: int, results: list[LayerResult]) -> None:
         """Write the block, and note in the journal that it is finished."""
@@ -356,7 +401,7 @@ class _Stream:
             sha256=digest,
             layers=tuple(results),
             modules={result.name: self._model.get_submodule(result.name).spec for result in results},  # type: ignore[misc]
-            hidden={name: chain.hashes() for name, chain in self._chains.items()},
+            hidden=self._shards.hashes(),
             seconds=self._profile.take(),
         )
         self._journal.append(finished.to_entry())

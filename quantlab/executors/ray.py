@@ -123,6 +123,7 @@ class RayExecutor:
 
     def require_shared(self, model_folder: Path, folder: Path) -> None:
         """See Executor."""
+        model_folder, folder = model_folder.absolute(), folder.absolute()  # units may begin in another folder
         probe = folder / f".probe-{uuid.uuid4().hex}"
         probe.write_text(probe.name)
         try:

@@ -143,11 +143,18 @@ class EngineSection:
         memory_budget: memory that quantizing may occupy, such as "12GiB"; None for no limit.
         activations: where hidden states are kept between blocks; "auto" takes memory if there is room.
         deterministic: compute on one thread, so that the result does not depend on the number of threads.
+        calibration_shards: parts of the calibration set that an executor can hold on as many machines. Sums over them
+            are added in order, so that the number may change last digits; it is part of the recipe for that.
+        rows_per_unit: rows of the layers with one input that are solved as one unit, so that an executor can spread
+            a layer; part of the recipe because it may change last digits. None for all rows, as far as the memory
+            budget allows.
     """
 
     memory_budget: str | None = field(default=None, metadata=_checked(size_error))
     activations: Literal["auto", "ram", "disk"] = "auto"
     deterministic: bool = False
+    calibration_shards: int = field(default=1, metadata=_number(minimum=1))
+    rows_per_unit: int | None = field(default=None, metadata=_number(minimum=1))
 
 
 @dataclass(frozen=True, kw_only=True)

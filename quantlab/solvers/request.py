@@ -2,11 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantlab.api import LayerProblem, Lut, Outliers, QuantizedLayer, QuantizerInfo, Statistic, layer_loss
+from quantlab.api import (
+    LayerProblem,
+    Lut,
+    Outliers,
+    QuantizedLayer,
+    QuantizerInfo,
+    Statistic,
+    StatisticsPreparer,
+    layer_loss,
+)
 from quantlab_kernels import solver
 from quantlab_kernels.solver_tiles import LANES
 
@@ -40,6 +50,14 @@ def needing(info: QuantizerInfo, statistic: Statistic) -> QuantizerInfo:
 def working_dtype(*operands: Tensor) -> torch.dtype:
     """float64 if every operand is float64, else float32: half precision is for storage, not for arithmetic."""
     return torch.float64 if all(operand.dtype == torch.float64 for operand in operands) else torch.float32
+
+
+def prepared_for(method: StatisticsPreparer, problem: LayerProblem) -> Any:
+    """What `method.prepare_statistics` makes of a problem's statistics: as it comes with the problem, or made here."""
+    if problem.prepared is not None:
+        return problem.prepared
+    dtype = working_dtype(problem.weight, problem.require_hessian())
+    return method.prepare_statistics(problem.require_statistics(), dtype)
 
 
 def row_chunks(weight: Tensor) -> list[slice]:

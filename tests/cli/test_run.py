@@ -7,6 +7,7 @@ import pytest
 
 from quantlab.cli.app import invoke
 from quantlab.errors import UsageError
+from quantlab.executors import LocalExecutor
 from quantlab.progress import NoProgress
 
 
@@ -17,7 +18,7 @@ def pipeline(monkeypatch, tmp_path):
     monkeypatch.setattr("quantlab.models.resolve_model", lambda name: tmp_path / "model" / name)
     calls = SimpleNamespace(free=[], executed=None)
 
-    def execute(assignment, model_folder, output_dir, progress, command, stop):
+    def execute(assignment, model_folder, output_dir, progress, command, stop, *, executor):
         calls.executed = SimpleNamespace(**locals())
         output_dir.mkdir(parents=True)
         (output_dir / "manifest.json").write_text(json.dumps(MANIFEST))
@@ -55,6 +56,7 @@ def test_run_executes_the_recipe_and_prints_the_result(pipeline, capsys, tmp_pat
     assert executed.assignment.default.quantizer.info.name == "ganq"
     assert executed.model_folder == tmp_path / "model" / "demo"
     assert isinstance(executed.progress, NoProgress)
+    assert isinstance(executed.executor, LocalExecutor)
     assert executed.command == "quantlab run ganq_w4 --set method.bits=3 --output_dir out -q"
     output = capsys.readouterr().out
     assert "ganq 3-bit" in output
@@ -82,11 +84,11 @@ def test_occupied_output_folder_is_refused_before_any_work(pipeline, monkeypatch
 def test_progress_goes_to_stderr_so_that_stdout_is_the_result(pipeline, capsys):
     execute = pipeline.stub.execute
 
-    def execute_with_progress(*arguments):
+    def execute_with_progress(*arguments, **options):
         progress = arguments[3]
         progress.begin("quantizing", 1, "layers")
         progress.advance(detail="block 1/1")
-        return execute(*arguments)
+        return execute(*arguments, **options)
 
     pipeline.stub.execute = execute_with_progress
     assert invoke(["run", "ganq_w4"]) == 0

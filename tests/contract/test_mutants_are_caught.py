@@ -3,9 +3,16 @@
 import pytest
 
 from quantlab.testing import CHECKS, Status, check_quantizer
-from quantlab.testing.mutants import MUTANTS, HonestFisher, HonestOutliers, HonestRounding, HonestSweep
+from quantlab.testing.mutants import (
+    MUTANTS,
+    HonestFisher,
+    HonestOutliers,
+    HonestPreparation,
+    HonestRounding,
+    HonestSweep,
+)
 
-HONEST = (HonestRounding(), HonestOutliers(), HonestSweep(), HonestFisher())
+HONEST = (HonestRounding(), HonestOutliers(), HonestSweep(), HonestPreparation(), HonestFisher())
 FEW = 3
 
 

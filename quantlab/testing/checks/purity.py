@@ -4,14 +4,15 @@ import copy
 import pickle
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from quantlab.api import LayerQuantizer
-from quantlab.testing.check import contract_check, require
+from quantlab.api import LayerQuantizer, StatisticsPreparer
+from quantlab.testing.check import contract_check, require, skip
 from quantlab.testing.judging import solve
-from quantlab.testing.problems import draw_weight, make_problem
+from quantlab.testing.problems import draw_weight, make_problem, with_rows
 from quantlab.testing.settings import read_settings
 
 _RANDOM_STATES: dict[str, Callable[[], object]] = {
@@ -91,6 +92,27 @@ def answers_do_not_depend_on_history(quantizer: LayerQuantizer, device: str) -> 
         solve(quantizer, other)
     later = solve(quantizer, problem).dequantize()
     require(torch.equal(fresh, later), "the answer changed after other layers had been solved")
+
+
+@contract_check(applies_to=lambda info: bool(info.needs))
+def prepared_statistics_do_not_change_answers(quantizer: LayerQuantizer, device: str) -> None:
+    """A problem that comes with what `prepare_statistics` made has the answer that it has without, bit for bit."""
+    if not isinstance(quantizer, StatisticsPreparer):
+        skip("the method has no `prepare_statistics`")
+    info = quantizer.info
+    problem = make_problem(info, device)
+    statistics = replace(problem.require_statistics(), fisher=None)
+    with torch.no_grad():
+        prepared = quantizer.prepare_statistics(statistics, torch.float32)
+    pieces = [problem, make_problem(info, device, weight=draw_weight(4), hessian=problem.require_hessian())]
+    if info.row_independent:  # the same is shared by pieces of a layer
+        pieces.append(with_rows(problem, slice(3, 8)))
+    for piece in pieces:
+        alone, shared = solve(quantizer, piece), solve(quantizer, replace(piece, prepared=prepared))
+        require(
+            torch.equal(alone.dequantize(), shared.dequantize()) and alone.diagnostics == shared.diagnostics,
+            f"{piece.out_features} rows have another answer with prepared statistics, or report other diagnostics",
+        )
 
 
 def _attributes(holder: object) -> dict[str, object]:

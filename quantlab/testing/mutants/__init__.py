@@ -4,13 +4,14 @@ They are the evidence that the checks can fail, and a place to look up what a fa
 """
 
 from quantlab.testing.mutants import declaration, fisher, numerics, purity, result, robustness
-from quantlab.testing.mutants.honest import HonestFisher, HonestOutliers, HonestRounding, HonestSweep
+from quantlab.testing.mutants.honest import HonestFisher, HonestOutliers, HonestPreparation, HonestRounding, HonestSweep
 from quantlab.testing.mutants.planting import MUTANTS, Mutant
 
 __all__ = [
     "MUTANTS",
     "HonestFisher",
     "HonestOutliers",
+    "HonestPreparation",
     "HonestRounding",
     "HonestSweep",
     "Mutant",

@@ -1,7 +1,7 @@
-"""Four small methods that keep the contract; the mutants override one step of one of them.
+"""Five small methods that keep the contract; the mutants override one step of one of them.
 
 They cover the capabilities between them: with and without statistics, groups, a uniform grid, a free codebook,
-outliers, a reported loss.
+outliers, a reported loss, prepared statistics.
 """
 
 from dataclasses import dataclass, replace
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantlab.api import (
     CodebookSpec,
+    InputStatistics,
     LayerProblem,
     Lut,
     Outliers,
@@ -21,6 +22,7 @@ from quantlab.api import (
     UniformGrid,
     layer_loss,
 )
+from quantlab.solvers.request import prepared_for
 
 LLOYD_ITERATIONS = 10
 
@@ -178,6 +180,26 @@ class HonestSweep:
     def report(self, problem: LayerProblem, layer: QuantizedLayer) -> dict[str, float]:
         """Diagnostics of the answer."""
         return {"loss": float(layer_loss(problem.weight, layer.dequantize(), problem.require_hessian()).sum())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HonestPreparation(HonestSweep):
+    """The same, with the factor computed once for all problems that share their statistics."""
+
+    info: ClassVar[QuantizerInfo] = replace(HonestSweep.info, name="honest_preparation")
+
+    def prepare_statistics(self, statistics: InputStatistics, dtype: torch.dtype) -> Tensor:
+        """See StatisticsPreparer."""
+        return self.factor(statistics.hessian.double())
+
+    def quantize(self, problem: LayerProblem) -> QuantizedLayer:
+        """See LayerQuantizer."""
+        spec = self.admit(problem)
+        weight = problem.weight.double()
+        levels = self.fit(weight, spec.levels)
+        codes = self.sweep(weight, levels, prepared_for(self, problem))
+        layer = QuantizedLayer(codes=codes, codebook=Lut(values=levels.float()[:, None]))
+        return replace(layer, diagnostics=self.report(problem, layer))
 
 
 @dataclass(frozen=True, kw_only=True)

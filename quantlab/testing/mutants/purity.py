@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantlab.api import CodebookSpec, LayerProblem, QuantizedLayer
-from quantlab.testing.mutants.honest import HonestRounding, HonestSweep
+from quantlab.api import CodebookSpec, InputStatistics, LayerProblem, QuantizedLayer
+from quantlab.testing.mutants.honest import HonestPreparation, HonestRounding, HonestSweep
 from quantlab.testing.mutants.planting import killed_by
 
 
@@ -79,6 +79,22 @@ class UnseededNoise(HonestRounding):
         generator.seed()
         scale, zero = super().grid(grouped, spec)
         return scale * (1 + 1e-5 * float(torch.rand((), generator=generator))), zero
+
+
+@killed_by("prepared_statistics_do_not_change_answers")
+@dataclass(frozen=True, kw_only=True)
+class PreparesInHalfPrecision(HonestPreparation):
+    """What is prepared is rounded on its way, to send less of it."""
+
+    def prepare_statistics(self, statistics: InputStatistics, dtype: torch.dtype) -> Tensor:
+        """See StatisticsPreparer."""
+        return super().prepare_statistics(statistics, dtype).bfloat16().double()
+
+    def quantize(self, problem: LayerProblem) -> QuantizedLayer:
+        """See LayerQuantizer."""
+        if problem.prepared is None:
+            return HonestPreparation().quantize(problem)
+        return super().quantize(problem)
 
 
 @killed_by("answers_do_not_depend_on_history")
