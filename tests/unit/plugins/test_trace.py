@@ -28,8 +28,8 @@ def losses_of(answer):
     ("name", "options", "steps"),
     [
         ("ganq", {"preset": "paper"}, 10),
-        ("ganq", {"options": {"shrinkage": False}}, 3 + 4 + 10),  # starts, the other iterations, polish
-        ("ganq", {"options": {"shrinkage": False, "keep": "layer"}}, 3 + 4 + 10),
+        ("ganq", {"options": {"shrinkage": False}}, 3 + 7 + 6),  # starts, the other iterations, polish
+        ("ganq", {"options": {"shrinkage": False, "keep": "layer"}}, 3 + 7 + 6),
         ("lnq", {}, 4),
         ("quantease", {"options": {"start": "rtn"}}, 30),
         ("quantease", {}, 21),  # nine of the thirty leave out rounding
