@@ -261,7 +261,7 @@ def _tile_words(out_features: int, in_features: int, bits: int) -> int:
 
 
 def _library() -> ctypes.CDLL:
-    library = LIBRARY.get()
+    library = LIBRARY.loaded or LIBRARY.get()
     if library is None:
-        raise RuntimeError("the native library is gone: QUANTLAB_KERNELS changed after weights were prepared for it")
+        raise RuntimeError("tiles are multiplied by the native library, which QUANTLAB_KERNELS has turned off")
     return library

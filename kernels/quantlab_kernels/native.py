@@ -98,6 +98,11 @@ class NativeLibrary:
         return self._library
 
     @property
+    def loaded(self) -> ctypes.CDLL | None:
+        """The library if it is loaded already, whatever the environment says by now."""
+        return self._library
+
+    @property
     def state(self) -> str:
         """In words: which build is in use, or why there is none."""
         return self._state if native_kernels_wanted() else "reference: QUANTLAB_KERNELS=reference"

@@ -72,11 +72,6 @@ QUANTLAB_INLINE typename P::Vector decode(const typename P::template Table<BITS>
     return P::template look_up<BITS>(table, codes, shift + upper);
 }
 
-inline float stored_scalar(const void* values, int64_t index, int32_t type) {
-    if (type == FLOAT32) return static_cast<const float*>(values)[index];
-    return _cvtsh_ss(static_cast<const uint16_t*>(values)[index]);
-}
-
 // One codebook as the kernel reads it, in the precision of x.
 template <class P, int BITS>
 QUANTLAB_INLINE typename P::template Table<BITS> make_table(const LutMatmul& op, int64_t row, int64_t group) {
@@ -84,8 +79,8 @@ QUANTLAB_INLINE typename P::template Table<BITS> make_table(const LutMatmul& op,
     const int64_t book = row * op.groups + group;
     Sixteen levels;
     if (op.zero) {
-        const float zero = stored_scalar(op.zero, book, op.codebook_type);
-        levels = grid_levels(repeat<BITS>(CODES), zero, stored_scalar(op.codebook, book, op.codebook_type));
+        const float zero = read_scalar(op.zero, book, op.codebook_type);
+        levels = grid_levels(repeat<BITS>(CODES), zero, read_scalar(op.codebook, book, op.codebook_type));
     } else if (op.codebook_type == FLOAT32) {
         levels = repeat<BITS>(static_cast<const float*>(op.codebook) + (book << BITS));
     } else {

@@ -4,6 +4,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 #include "lut_interface.h"
 
@@ -29,12 +32,16 @@ inline uint16_t float_to_bfloat16(float value) {
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+#if defined(__F16C__)
+inline float float16_to_float(uint16_t half) { return _cvtsh_ss(half); }
+#else
 inline float float16_to_float(uint16_t half) {
     const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = half & 0x7fff;
     if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
     // Scaling by 2**112 moves the exponent to its new bias and makes denormal numbers normal.
     return float_of(sign | bits_of(float_of(magnitude << 13) * float_of(0x77800000)));
 }
+#endif
 
 inline uint16_t float_to_float16(float value) {
     const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffff;

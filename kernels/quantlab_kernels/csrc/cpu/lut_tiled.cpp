@@ -248,14 +248,14 @@ struct Pass {
             visit<P, BITS, GROUPED, TILE_ROWS>(op, tables, codes, 0, range, write);
             for (int from = 0; from < TILE_ROWS; from += PANEL_ROWS)
                 for (int index = 0; index < count; ++index)
-                    multiply(batches[index], range, panel + from * P::VALUES, sums_of(sums, index, from));
+                    multiply(batches[index], range, panel + from * P::VALUES, sums_at(sums, index, from));
         }
         for (int from = 0; from < TILE_ROWS; from += PANEL_ROWS)
             for (int index = 0; index < count; ++index)
-                finish_panel(batches[index], row + from, sums_of(sums, index, from));
+                finish_panel(batches[index], row + from, sums_at(sums, index, from));
     }
 
-    static Floats* sums_of(Floats* sums, int batch, int from) { return sums + batch * SUMS + from * PANEL_SAMPLES; }
+    static Floats* sums_at(Floats* sums, int batch, int from) { return sums + batch * SUMS + from * PANEL_SAMPLES; }
 
     void multiply(const Batch& batch, Range range, const Value* panel, Floats* sums) const {
         constexpr int64_t PER_BLOCK = HALVES * Order<P, BITS>::VECTORS;
