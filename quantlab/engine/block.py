@@ -184,6 +184,8 @@ def _solve(
     for layer in group:
         module, result = solved[job.full(layer)]
         job.block.set_submodule(layer, module)
+        if job.quantized.recall is not None:
+            job.quantized.recall.note_solved(layer)
         if routed is not None:
             fallbacks = result.diagnostics.get("fallbacks", 0) + 1
             diagnostics = {**result.diagnostics, "fallbacks": fallbacks, "routed_tokens": routed}
