@@ -150,6 +150,8 @@ def _put_in_place(job: BlockJob, group: Group, solver: LayerSolver, routed: int 
         module, result = solved[job.full(layer)]
         job.place.block.set_submodule(layer, module)
         job.shards.solved(layer, module)
+        if job.place.quantized.recall is not None:
+            job.place.quantized.recall.note_solved(layer)
         if routed is not None:
             fallbacks = result.diagnostics.get("fallbacks", 0) + 1
             diagnostics = {**result.diagnostics, "fallbacks": fallbacks, "routed_tokens": routed}

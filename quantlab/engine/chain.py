@@ -1,6 +1,7 @@
 """The calibration batches on their way through the blocks of one model, the quantized or the float one."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from quantlab.engine.activations import Activations
 from quantlab.engine.calls import BlockDriver
 from quantlab.engine.profile import Profile
+from quantlab.engine.recall import Recall
 from quantlab.errors import CheckpointError, NumericalError
 
 
@@ -25,7 +27,12 @@ class Chain:
         numbers: of the batches in the calibration set, if they are a part of it; files are named by them, and other
             processes work on the other parts.
         begin: whether the batches stand before the first block; otherwise `stand_at` says where, before anything else.
+
+    Attributes:
+        recall: of the block that is next, if its parts need not be run again in every pass.
     """
+
+    recall: Recall | None = None
 
     def __init__(
         self,
@@ -61,7 +68,8 @@ class Chain:
         """The output of block `index`, which must be the next one, for one batch."""
         with self._profile.timed("load"):
             hidden = self._hidden.get(self._numbers[batch])
-        with self._profile.timed("forward"):
+        recalled = nullcontext() if self.recall is None else self.recall.of_batch(batch, hidden)
+        with self._profile.timed("forward"), recalled:
             return self._driver.run_block(index, hidden, self._recorded[batch])
 
     def propagate(self, index: int, name: str) -> Activations:

@@ -37,6 +37,7 @@ from quantlab.engine.memory import MemoryPlan, give_freed_memory_back, plan_memo
 from quantlab.engine.options import EngineOptions, OptionsOf
 from quantlab.engine.prefetch import Prefetch
 from quantlab.engine.profile import Profile
+from quantlab.engine.recall import Recall
 from quantlab.engine.replica import ShardSite
 from quantlab.engine.shards import LocalShards, RemoteShards, Shards, shard_ranges
 from quantlab.engine.statistics import Gradients, StatisticsOptions, require_collectable
@@ -49,6 +50,9 @@ from quantlab.runtime import LutLinear, ModuleSpec, storage_layout
 from quantlab.skeleton import WeightSource, build_skeleton, find_blocks, read_config, unload
 
 QUANTIZED, FLOAT = "quantized", "float"
+
+RECALLED_BYTES = 1 << 30
+"""Without a memory budget, answers of a block's parts are kept if the hidden states are no larger than this."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -219,6 +223,7 @@ class _Stream:
             self._load_block(index)
         originals = find_linears(block)
         place = self._place(index, originals)
+        recall = self._chains[QUANTIZED].recall = self._new_recall(index, originals)
         job = BlockJob(
             place=place,
             shards=self._shards,
@@ -232,7 +237,10 @@ class _Stream:
             for result in quantize_block(job):
                 results.append(result)
                 self._progress.advance(detail=_describe(result, index, len(self._blocks)))
+            if recall is not None:
+                recall.begin_last_pass()
             passed = self._shards.propagate(place)
+            self._chains[QUANTIZED].recall = None
         self._commit(index, results)
         for hidden in passed:
             hidden.remove()
@@ -388,6 +396,19 @@ class _Stream:
             quantized=self._chains[QUANTIZED],
             float_chain=self._chains.get(FLOAT),
             profile=self._profile,
+        )
+
+    def _new_recall(self, index: int, originals: Mapping[str, nn.Module]) -> Recall | None:
+        """Where parts of the block do nothing but answer, and the memory for their answers is not spoken for."""
+        sizes = self._survey.sizes
+        hidden_bytes = self._request.calibration_ids.numel() * sizes.hidden_size * sizes.itemsize
+        unbounded = self._request.engine.memory_budget_bytes is None and self._memory.activations_in_memory
+        if self._executor.remote or self._driver.mode != "record" or self._driver.replay_on_resume:
+            return None
+        if not unbounded or hidden_bytes > RECALLED_BYTES:
+            return None
+        return Recall(
+            self._blocks[index], [layer for layer in originals if f"{self._name(index)}.{layer}" in self._options]
         )
 
     def _commit(self, index: int, results: list[LayerResult]) -> None:

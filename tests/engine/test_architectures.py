@@ -19,6 +19,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantlab.engine.drive import open_driver
+from quantlab.engine.linears import find_linears
+from quantlab.engine.recall import Recall
 from quantlab.engine.survey import survey_model
 from quantlab.errors import ModelError
 from quantlab.experts import fused_experts, unfuse
@@ -347,3 +349,47 @@ def test_the_table_names_every_type_and_every_refusal():
         assert re.search(rf"[|,] {re.escape(model_type)}(,| \|)", table), model_type
     for model_type, reason in REFUSED.items():
         assert f"| refused: {reason} | {model_type} |" in table
+
+
+@torch.no_grad()
+def require_the_same_with_recall(model_type, folder):
+    """Every block of a tiny model answers two batches alternately as it does without, whatever it keeps to itself."""
+    save_tiny_model(model_type, folder)
+    model = build_skeleton(read_config(folder), torch.float32)
+    _, blocks = find_blocks(model)
+    weights = WeightSource(folder, model, torch.float32)
+    weights.load_rest()
+    weights.load_block(0)
+    texts = [torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    with open_driver(model, blocks, texts[0][:1]) as driver:
+        if driver.mode != "record" or driver.replay_on_resume:
+            return
+        hidden, recorded = map(list, zip(*[driver.record(text) for text in texts], strict=True))
+        for index, block in enumerate(blocks):
+            weights.load_block(index)
+            pairs = list(zip(hidden, recorded, strict=True))
+            expected = [driver.run_block(index, *pair) for pair in pairs]
+            linears = find_linears(block)
+            recall = Recall(block, linears)
+            for layer in linears:
+                recall.note_solved(layer)
+            for last in (False, False, True):
+                if last:
+                    recall.begin_last_pass()
+                for batch, (entering, arguments) in enumerate(pairs):
+                    with recall.of_batch(batch, entering):
+                        output = driver.run_block(index, entering, arguments)
+                    assert torch.equal(output, expected[batch]), f"{model_type}, block {index}, batch {batch}"
+            hidden = [driver.advance(index, *pair) for pair in zip(expected, recorded, strict=True)]
+
+
+@pytest.mark.parametrize("model_type", REPRESENTATIVE)
+def test_a_model_answers_the_same_where_parts_are_not_run_again(model_type, tmp_path):
+    if model_type not in REFUSED:
+        require_the_same_with_recall(model_type, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_causal_lm_of_transformers_answers_the_same_where_parts_are_not_run_again(tmp_path):
+    for model_type in sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(NOT_TRIED) - set(REFUSED)):
+        require_the_same_with_recall(model_type, tmp_path / model_type)

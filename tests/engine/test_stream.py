@@ -71,6 +71,30 @@ def quantize(folder, target, token_ids, dtype=torch.float32, **settings):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_parts_that_are_not_run_again_change_nothing_but_the_time(
+    model_folder, token_ids, tmp_path, monkeypatch, architecture
+):
+    kept = []
+    keep = stream.Recall.begin_last_pass
+    monkeypatch.setattr(stream.Recall, "begin_last_pass", lambda recall: kept.append(len(recall._kept)) or keep(recall))
+    recalled, hessians = quantize(model_folder(architecture), tmp_path / "recalled", token_ids)
+    assert kept
+    assert all(kept)
+    monkeypatch.setattr(stream, "RECALLED_BYTES", 0)
+    plain, plain_hessians = quantize(model_folder(architecture), tmp_path / "plain", token_ids)
+    assert torch.equal(recalled.check_logits, plain.check_logits)
+    assert all(torch.equal(hessians[name], plain_hessians[name]) for name in plain_hessians)
+    assert recalled.layers == plain.layers
+    for path in (tmp_path / "plain").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "recalled" / path.name).read_bytes()
+
+
+def test_within_a_memory_budget_nothing_is_kept(model_folder, token_ids, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "Recall", None)
+    quantize(model_folder("llama"), tmp_path / "model", token_ids, engine=EngineOptions(memory_budget_bytes=2**31))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
 def test_the_checkpoint_reproduces_the_streamed_model_bit_for_bit(model_folder, token_ids, tmp_path, architecture):
     result, _ = quantize(model_folder(architecture), tmp_path / "model", token_ids)

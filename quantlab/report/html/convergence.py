@@ -63,11 +63,12 @@ def convergence_of_methods(runs: Sequence[Run]) -> Part | None:
         ]
         if scaled:
             groups.setdefault((run.model, run.manifest["bits"]), {}).setdefault(run.variant, _median(scaled))
-    pictures = [
-        _of_methods(own, f"{bits} bits" + ("" if len({run.model for run in runs}) == 1 else f", {model}"), number)
-        for number, ((model, bits), own) in enumerate(groups.items())
-        if len(own) > 1
-    ]
+    pictures: list[Html] = []
+    for (model, bits), own in groups.items():
+        if len(own) > 1:
+            variants = list(dict.fromkeys(run.variant for run in runs if run.model == model))
+            where = f"{bits} bits" if all(run.model == model for run in runs) else f"{bits} bits, {model}"
+            pictures.append(_of_methods(own, variants, where, f"convergence-{len(pictures)}"))
     return Part(key="convergence", title="Convergence", content=figures(pictures)) if pictures else None
 
 
@@ -81,18 +82,19 @@ def curves(layers: Sequence[Layer]) -> list[Curve]:
     return [Curve(losses=losses, ratio=statistics.fmean(ratios)) for losses, ratios in groups.items()]
 
 
-def _of_methods(medians: Mapping[str, Sequence[float]], where: str, number: int) -> Html:
+def _of_methods(medians: Mapping[str, Sequence[float]], variants: Sequence[str], where: str, name: str) -> Html:
+    """The medians by variant, each in the colour that it has in the other plots, where `variants` are numbered."""
     title = f"Loss by step, {where}"
     with styled():
         picture, plot = axes(height=3.0)
-        for index, (variant, median) in enumerate(medians.items()):
-            shade = color(f"series-{index % SERIES}")
+        for variant, median in medians.items():
+            shade = color(f"series-{variants.index(variant) % SERIES}")
             plot.plot(range(len(median)), median, color=shade, linewidth=2, label=label(variant, 24))
         plot.set(xlabel="step of the method", ylabel="loss / round-to-nearest", ylim=(0, None))
         plot.locator_params(axis="x", integer=True)
         picture.legend(loc="outside lower left", ncols=3, fontsize=8.5, handlelength=1.2, columnspacing=1.2)
         listed = "; ".join(f"{variant} from {m[0]:.3f} to {m[-1]:.3f}" for variant, m in medians.items())
-        svg = inline(picture, f"convergence-{number}", title, f"{listed}.")
+        svg = inline(picture, name, title, f"{listed}.")
     explanation = (
         "The median over the layers, for methods that report their steps, scaled to end at the loss as a multiple of "
         "round-to-nearest's. A step is whatever the method repeats, and takes a different time in each."
