@@ -1,10 +1,10 @@
 """Native stages of the solvers on CUDA, in float32; k-means is in float64.
 
 The functions are those of `quantlab_kernels.solver`, which calls them for operands on CUDA. A stage is one kernel, or a
-few: a block of threads takes 32 output rows through all inputs, so that the number of launches depends neither on the
+few: a block of threads takes its output rows through all inputs, so that the number of launches depends neither on the
 size of the layer nor on the number of passes. Work goes to the current stream. There are no atomics, and the order of
 every sum is fixed, so results repeat bit for bit; they do not depend on which rows are solved together. Only
-`solve_levels` waits for the device, for the number of rows that failed.
+`factor_blocks` and `solve_levels` wait for the device, for the number of failures.
 
 Sums are taken in another order than on the CPU and in PyTorch. Codes agree but for targets that lie within rounding of
 the midpoint between two levels, and for what follows from these.
@@ -163,12 +163,12 @@ def descend_in_blocks(
     # Every block has MAX_BLOCK places, so that it begins where vectors do; what the rest of them hold is not used.
     missing = MAX_BLOCK - size
     places = _padded(_padded(order, count * size - len(order)).view(count, size), missing)
-    columns = hessian[:, places.flatten()]
+    columns = hessian[:, places.flatten()].contiguous()
     by_input = _by_position(weight)
     by_input[:, :rows] = error.T
     gained = torch.zeros(rows, dtype=torch.float64, device=weight.device)
     matrices = [_padded(matrix, missing, missing) for matrix in (within, feedback, upper)]
-    tensors = [tensor.contiguous() for tensor in (weight, columns, order, *matrices, precision)]
+    tensors = [weight.contiguous(), columns, order.contiguous(), *matrices, precision]
     by_row = _Books(books)
     operands = Blocks(
         *_pointers(*tensors, by_input, codes, gained),
@@ -255,12 +255,8 @@ def cluster(
 ) -> Tensor:
     """`quantlab_kernels.solver.cluster`."""
     values, weights, mass, moment = (tensor.contiguous() for tensor in (values, weights, mass, moment))
-    centers, share, cumulative = (
-        values.new_empty(len(values), levels),
-        torch.empty_like(values),
-        torch.empty_like(values),
-    )
-    distinct = torch.empty_like(values, dtype=torch.int32)
+    centers = values.new_empty(len(values), levels)
+    share, cumulative, distinct = (torch.empty_like(values, dtype=dtype) for dtype in (None, None, torch.int32))
     operands = Cluster(
         *_pointers(values, weights, mass, moment, share, cumulative, distinct, centers),
         *values.shape,

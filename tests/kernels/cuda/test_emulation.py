@@ -5,7 +5,9 @@ import ctypes
 import pytest
 
 FORWARD, BACKWARD, RANDOM = range(3)
-FORGET_BARRIER, FORGET_WAIT, SKIP_BARRIER, DECLARE_TOO_MUCH, LOAD_MISALIGNED = range(5)
+FORGET_BARRIER, FORGET_WAIT, SKIP_BARRIER, DECLARE_TOO_MUCH, LOAD_MISALIGNED, DEREFERENCE_MISALIGNED, WRONG_GRID = (
+    range(7)
+)
 
 
 @pytest.fixture
@@ -37,6 +39,8 @@ def test_copy_in_the_background_is_not_there_before_it_is_waited_for(run):
         (SKIP_BARRIER, "never reaches"),
         (DECLARE_TOO_MUCH, "48 KiB"),
         (LOAD_MISALIGNED, "misaligned"),
+        (DEREFERENCE_MISALIGNED, "misaligned"),
+        (WRONG_GRID, "65535 blocks"),
     ],
 )
 def test_mistake_ends_the_launch_with_a_status(run, fault, message):

@@ -10,6 +10,7 @@ from quantlab.api import CodebookSpec, InputStatistics, LayerProblem, layer_loss
 from quantlab.registry import load
 from quantlab_kernels import solver_cuda_library, solver_library
 
+FAST, ITERATIVE = ("rtn", "kmeans", "gptq", "leanquant"), ("quantease", "lnq", "ganq")
 # Codes that rounding decides change what follows, and with it the losses of single rows; their sum less.
 TOLERANCE = 0.03
 
@@ -34,7 +35,7 @@ def loss_of(method, layer_problem):
 
 
 @pytest.mark.parametrize("group_size", [None, 32])
-@pytest.mark.parametrize("name", ["rtn", "kmeans", "gptq", "leanquant", "quantease", "lnq", "ganq"])
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in ITERATIVE)])
 def test_method_is_as_good_as_on_the_cpu(name, group_size, device, kernels_run, monkeypatch):
     method = load(name)()
     if group_size is not None and not method.info.supports_groups:

@@ -34,6 +34,11 @@ __global__ void load_misaligned(int* result) {
   result[threadIdx.x] = static_cast<int>(quantlab::load_once(reinterpret_cast<const uint4*>(result + 1)).x);
 }
 
+__global__ void dereference_misaligned(int* result) {
+  const int4 four = *reinterpret_cast<const int4*>(result + 1);
+  result[threadIdx.x] = four.x + four.y + four.z + four.w;
+}
+
 }  // namespace
 
 // Result holds 64 numbers, source 4.
@@ -50,6 +55,10 @@ extern "C" __attribute__((visibility("default"))) int emulation_run_faulty(int f
       return quantlab::launch(declare_too_much, grid, block, nullptr, result);
     case 4:
       return quantlab::launch(load_misaligned, grid, block, nullptr, result);
+    case 5:
+      return quantlab::launch(dereference_misaligned, grid, block, nullptr, result);
+    case 6:
+      return quantlab::launch(load_misaligned, dim3(1, 65536), block, nullptr, result);
     default:
       return -1;
   }
