@@ -10,7 +10,7 @@ import platform
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -44,6 +44,7 @@ from quantlab.evaluate.evaluation import must_stream, tokenizer_sha256
 from quantlab.evaluate.harness import TaskOptions, evaluate_tasks, require_tasks, side_by_side
 from quantlab.evaluate.perplexity import in_memory, measure_any
 from quantlab.evaluate.protocols import EvaluationWindows, WindowOptions, evaluation_windows, find_protocol
+from quantlab.evaluate.spread import measure_spread
 from quantlab.evaluate.streamed import measure_streamed, streamed_forward
 from quantlab.evaluate.subject import Subject
 from quantlab.executors import Executor, LocalExecutor
@@ -300,6 +301,8 @@ class _Run:
         budget = engine_options(self.recipe).memory_budget_bytes
         streamed = must_stream([self.float_model, self.quantized_model], self.dtype, budget)
         measure = self._evaluate_streamed if streamed else self._evaluate_in_memory
+        if self.executor.remote:
+            measure = partial(self._evaluate_spread, streamed=streamed)
         return {
             "perplexity": measure(stream, corpora),
             "tokenizer_sha256": tokenizer_sha256(self.model_folder),
@@ -312,6 +315,17 @@ class _Run:
             return {}
         forwards = [self.reference or in_memory(load_model(self.model_folder, self.dtype)), in_memory(quantized)]
         return {corpus.protocol: measure_any(corpus, forwards, self.progress) for corpus in corpora}
+
+    def _evaluate_spread(
+        self, stream: StreamResult, corpora: list[EvaluationWindows], *, streamed: bool
+    ) -> dict[str, Any]:
+        """The same on the machines of the executor, after the check on this one."""
+        (self._evaluate_streamed if streamed else self._evaluate_in_memory)(stream, [])
+        models = [replace(model, folder=model.folder.absolute()) for model in (self.float_model, self.quantized_model)]
+        return {
+            corpus.protocol: measure_spread(corpus, models, self.dtype, self.executor, self.progress, streamed=streamed)
+            for corpus in corpora
+        }
 
     def _reload(self, stream: StreamResult) -> PreTrainedModel:
         """Load the written checkpoint and check that it computes what the engine computed."""

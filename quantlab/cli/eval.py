@@ -6,7 +6,16 @@ from typing import Any, Literal
 
 import click
 
-from quantlab.cli.options import Session, common_options, examples, json_option, open_console, tasks_option
+from quantlab.cli.options import (
+    Session,
+    common_options,
+    examples,
+    executor_options,
+    json_option,
+    open_console,
+    opened_executor,
+    tasks_option,
+)
 from quantlab.recipe.size import parse_size, size_error
 
 
@@ -67,6 +76,7 @@ def parse_budget(context: click.Context, parameter: click.Parameter, value: str 
     help="Keep one block in memory at a time, within this size, for example 12GiB.  [default: if they do not fit]",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Write the results as JSON to this file.")
+@executor_options
 @json_option
 @common_options
 @click.pass_obj
@@ -118,8 +128,8 @@ def evaluate(
         dtype=dtype,
         memory_budget_bytes=memory_budget,
     )
-    with choose_progress(quiet=session.quiet or as_json) as progress:
-        results = evaluate_subject(subject, find_subject(reference) if reference else None, options, progress)
+    with opened_executor() as executor, choose_progress(quiet=session.quiet or as_json) as progress:
+        results = evaluate_subject(subject, find_subject(reference) if reference else None, options, progress, executor)
     if layers:
         keep_layer_errors(subject.folder.parent, results["layers"])
     if output is not None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from quantlab.evaluate.harness import TaskOptions, evaluate_tasks
 from quantlab.evaluate.layers import measure_layers
 from quantlab.evaluate.perplexity import TOKENS_PER_BATCH, in_memory, measure_any
 from quantlab.evaluate.protocols import Bos, EvaluationWindows, WindowOptions, evaluation_windows, find_protocol
+from quantlab.evaluate.spread import measure_spread
 from quantlab.evaluate.streamed import measure_streamed
 from quantlab.evaluate.subject import Subject
+from quantlab.executors import Executor
 from quantlab.memory import physical_bytes
 from quantlab.progress import Progress
 from quantlab.skeleton import read_config
@@ -65,7 +67,11 @@ class EvaluationOptions:
 
 
 def evaluate_subject(
-    subject: Subject, reference: Subject | None, options: EvaluationOptions, progress: Progress
+    subject: Subject,
+    reference: Subject | None,
+    options: EvaluationOptions,
+    progress: Progress,
+    executor: Executor | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model.
 
@@ -74,6 +80,7 @@ def evaluate_subject(
         reference: the float model to compare it with, or None.
         options: what to evaluate.
         progress: is told about every window.
+        executor: where perplexities are measured; None for this process. Tasks are evaluated here.
 
     Returns:
         "perplexity" by protocol, as `measure` or `measure_pair` describes it; "tasks" and "lm_eval_version" if there
@@ -102,14 +109,24 @@ def evaluate_subject(
     subjects = [subject] if reference is None else [reference, subject]
     streamed = must_stream(subjects, dtype, options.memory_budget_bytes)
     results: dict[str, Any] = {"model": subject.name, "tokenizer_sha256": identity, "streamed": streamed}
+    model = None
     if streamed:
         _require_budget(subjects, dtype, options, length)
+    if executor is not None and executor.remote:
+        everywhere = [replace(each, folder=each.folder.absolute()) for each in subjects]
+        for each in everywhere:
+            executor.require_shared(each.folder, None)
+        executor.link(progress, lambda: False)
+        results["perplexity"] = {
+            windows.protocol: measure_spread(windows, everywhere, dtype, executor, progress, streamed=streamed)
+            for windows in corpora
+        }
+    elif streamed:
         models = {each.name: partial(each.open_parts, dtype) for each in subjects}
         with tempfile.TemporaryDirectory(prefix="quantlab-") as work:
             results["perplexity"] = {
                 windows.protocol: measure_streamed(windows, models, Path(work), progress) for windows in corpora
             }
-        model = None
     else:
         model = subject.load(dtype)
         loaded = [model] if reference is None or not corpora else [reference.load(dtype), model]

@@ -3,7 +3,7 @@
 Where the logits come from does not matter here: from a model in memory, or from one that is streamed block by block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,28 +45,18 @@ def batches_of(windows: EvaluationWindows) -> tuple[Tensor, ...]:
 def measure_any(windows: EvaluationWindows, forwards: Sequence[Forward], progress: Progress) -> dict[str, Any]:
     """`measure` for one model, `measure_pair` for a float and a quantized one."""
     progress.begin(f"perplexity on {windows.protocol}", windows.ids.shape[0], "windows")
-    if len(forwards) == 1:
-        return measure(windows, forwards[0], progress)
-    reference, quantized = forwards
-    return measure_pair(windows, reference, quantized, progress)
+    return combine(windows, _score(windows, forwards, progress))
 
 
-@torch.inference_mode()
 def measure(windows: EvaluationWindows, forward: Forward, progress: Progress) -> dict[str, Any]:
     """Perplexity of one model.
 
     Returns:
         "perplexity" and its "standard_error", beside the description of the windows.
     """
-    losses = []
-    for index, ids in enumerate(batches_of(windows)):
-        losses.append(negative_log_likelihood(forward(index, ids), ids))
-        progress.advance(len(ids))
-    result = perplexity(_estimate(windows, losses))
-    return {"perplexity": result.value, "standard_error": result.standard_error, **_description(windows)}
+    return combine(windows, _score(windows, [forward], progress))
 
 
-@torch.inference_mode()
 def measure_pair(
     windows: EvaluationWindows, float_forward: Forward, quantized_forward: Forward, progress: Progress
 ) -> dict[str, Any]:
@@ -77,13 +67,28 @@ def measure_pair(
         mean of KL(float || quantized) in nats per token, with "kl_standard_error"; "top1_agreement", the share of
         tokens for which both models find the same token likeliest; beside the description of the windows.
     """
-    scores: dict[str, list[Tensor]] = {"float": [], "quantized": [], "kl": [], "top1_agreement": []}
-    for index, ids in enumerate(batches_of(windows)):
-        float_logits, quantized_logits = float_forward(index, ids), quantized_forward(index, ids)
-        for name, values in pair_scores(float_logits, quantized_logits, ids).items():
-            scores[name].append(values)
-        progress.advance(len(ids))
-    estimates = {name: _estimate(windows, values) for name, values in scores.items()}
+    return combine(windows, _score(windows, [float_forward, quantized_forward], progress))
+
+
+def batch_scores(logits: Sequence[Tensor], ids: Tensor) -> dict[str, Tensor]:
+    """What is measured of every token of a batch, by name.
+
+    Args:
+        logits: of one model, or of the float and the quantized one: (windows, tokens, vocabulary) each.
+        ids: (windows, tokens).
+    """
+    if len(logits) == 1:
+        return {"own": negative_log_likelihood(logits[0], ids)}
+    float_logits, quantized_logits = logits
+    return pair_scores(float_logits, quantized_logits, ids)
+
+
+def combine(windows: EvaluationWindows, scores: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """The result from the scores of all batches, in their order; see `measure` and `measure_pair`."""
+    estimates = {name: _estimate(windows, [batch[name] for batch in scores]) for name in scores[0]}
+    if "own" in estimates:
+        own = perplexity(estimates["own"])
+        return {"perplexity": own.value, "standard_error": own.standard_error, **_description(windows)}
     for name in ("float", "quantized"):
         estimates[name] = perplexity(estimates[name])
     return {
@@ -91,6 +96,15 @@ def measure_pair(
         **{f"{name}_standard_error": estimate.standard_error for name, estimate in estimates.items()},
         **_description(windows),
     }
+
+
+@torch.inference_mode()
+def _score(windows: EvaluationWindows, forwards: Sequence[Forward], progress: Progress) -> list[dict[str, Tensor]]:
+    scores = []
+    for index, ids in enumerate(batches_of(windows)):
+        scores.append(batch_scores([forward(index, ids) for forward in forwards], ids))
+        progress.advance(len(ids))
+    return scores
 
 
 def _estimate(windows: EvaluationWindows, values: list[Tensor]) -> Estimate:

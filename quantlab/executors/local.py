@@ -51,7 +51,7 @@ class LocalExecutor:
         self.remote = False
         self.task = Resources(gpus=gpus)
 
-    def require_shared(self, model_folder: Path, folder: Path) -> None:
+    def require_shared(self, model_folder: Path, folder: Path | None) -> None:
         """There is one machine only."""
 
     def link(self, progress: Progress, stop: Callable[[], bool]) -> Link:

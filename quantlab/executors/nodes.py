@@ -48,12 +48,12 @@ class NodeReport:
     probe: str | None
 
 
-def report_node(model_folder: Path, probe: Path) -> NodeReport:
+def report_node(model_folder: Path, probe: Path | None) -> NodeReport:
     """Describe the machine that this runs on.
 
     Args:
-        model_folder: of the float model.
-        probe: a small file that the driver has written to the run folder.
+        model_folder: of a model.
+        probe: a small file that the driver has written to the run folder; None if there is no such folder.
     """
     return NodeReport(
         host=socket.gethostname(),
@@ -64,11 +64,11 @@ def report_node(model_folder: Path, probe: Path) -> NodeReport:
         processor=torch.backends.cpu.get_cpu_capability(),
         kernels=", ".join(f"{name} {state}" for name, state in kernel_states().items() if name != "cuda"),
         model=_listing(model_folder),
-        probe=probe.read_text() if probe.is_file() else None,
+        probe=probe.read_text() if probe is not None and probe.is_file() else None,
     )
 
 
-def require_alike(driver: NodeReport, node: NodeReport, address: str, model_folder: Path, folder: Path) -> None:
+def require_alike(driver: NodeReport, node: NodeReport, address: str, model_folder: Path, folder: Path | None) -> None:
     """Refuse a machine on which units would not find their files, or would run another program.
 
     Args:
@@ -76,7 +76,7 @@ def require_alike(driver: NodeReport, node: NodeReport, address: str, model_fold
         node: the other machine.
         address: of the other machine.
         model_folder: that was looked at.
-        folder: the run folder that was looked at.
+        folder: the run folder that was looked at, if any.
 
     Warns:
         UserWarning: the machine's processor computes with other instructions, so that last digits may differ.

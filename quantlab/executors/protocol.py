@@ -53,12 +53,12 @@ class Executor(Protocol):
         """Units that can run at the same time."""
         ...
 
-    def require_shared(self, model_folder: Path, folder: Path) -> None:
+    def require_shared(self, model_folder: Path, folder: Path | None) -> None:
         """Check that every machine computes alike, and reads the model and the run folder by the same paths.
 
         Args:
-            model_folder: of the float model.
-            folder: exists; results are written there.
+            model_folder: of a model.
+            folder: exists; results are written there. None if there are no files.
 
         Raises:
             UsageError: naming the machine and what is different there.

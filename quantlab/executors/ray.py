@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,12 +121,15 @@ class RayExecutor:
         """See Executor."""
         return _slots(_requested(self.task))
 
-    def require_shared(self, model_folder: Path, folder: Path) -> None:
+    def require_shared(self, model_folder: Path, folder: Path | None) -> None:
         """See Executor."""
-        model_folder, folder = model_folder.absolute(), folder.absolute()  # units may begin in another folder
-        probe = folder / f".probe-{uuid.uuid4().hex}"
-        probe.write_text(probe.name)
-        try:
+        model_folder = model_folder.absolute()  # a process there may begin in another folder
+        with ExitStack() as opened:
+            probe = None
+            if folder is not None:
+                probe = folder.absolute() / f".probe-{uuid.uuid4().hex}"
+                probe.write_text(probe.name)
+                opened.callback(probe.unlink)
             driver = report_node(model_folder, probe)
             look = ray.remote(report_node)
             reports = {}
@@ -136,8 +139,6 @@ class RayExecutor:
                 reports[reference] = node["NodeManagerAddress"]
             for reference, address in reports.items():
                 require_alike(driver, self._report(reference, address), address, model_folder, folder)
-        finally:
-            probe.unlink()
 
     def link(self, progress: Progress, stop: Callable[[], bool]) -> Link:
         """See Executor."""

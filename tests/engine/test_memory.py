@@ -30,9 +30,11 @@ SAMPLES, LENGTH = 128, 2048
 BENCHMARK = Path(__file__).parent.parent / "bench" / "streaming.py"
 
 
-def plan(gib=None, *, activations="auto", sizes=SEVEN, **statistics):
+def plan(gib=None, *, activations="auto", sizes=SEVEN, units=None, shards=1, **statistics):
     budget = None if gib is None else int(gib * GIB)
-    options = EngineOptions(memory_budget_bytes=budget, activations=activations)
+    options = EngineOptions(
+        memory_budget_bytes=budget, activations=activations, rows_per_unit=units, calibration_shards=shards
+    )
     return plan_memory(sizes, SAMPLES, LENGTH, options, StatisticsOptions(**statistics))
 
 
@@ -137,3 +139,21 @@ def test_a_model_four_times_the_budget_is_quantized_within_it():
     assert result["source_bytes"] >= 4 * GIB
     assert result["peak_bytes"] <= GIB
     assert result["peak_bytes"] <= 1.1 * result["expected_bytes"]
+
+
+def test_rows_are_cut_by_the_recipe_and_by_the_budget_whichever_is_finer():
+    assert plan(units=1000).max_rows == 1000
+    assert plan(64, units=1000).max_rows == 1000
+    assert plan(64, units=16).max_rows == 16  # fewer than a budget may ask for
+    assert plan(64, units=1000).parts["rows"] < plan(64).parts["rows"]
+    by_budget = plan(5).max_rows
+    assert plan(5, units=by_budget + 1).max_rows == by_budget
+    assert plan(5, units=by_budget - 1).max_rows == by_budget - 1
+
+
+@pytest.mark.parametrize("gib", [None, 6, 12])
+def test_shards_hold_their_sums_beside_those_before_them(gib):
+    one, more = plan(gib), plan(gib, shards=4)
+    assert more.parts["statistics"] == 2 * one.parts["statistics"]
+    assert more.statistics_bytes <= one.statistics_bytes
+    assert gib is None or more.peak_bytes <= gib * GIB

@@ -171,9 +171,7 @@ def test_a_run_may_be_killed_anywhere_and_more_than_once(recipe, uninterrupted, 
 def test_finished_blocks_are_not_solved_again(recipe, uninterrupted, tmp_path, monkeypatch):
     solved = []
     quantize_block = stream.quantize_block
-    monkeypatch.setattr(
-        stream, "quantize_block", lambda job, *rest: solved.append(job.index) or quantize_block(job, *rest)
-    )
+    monkeypatch.setattr(stream, "quantize_block", lambda job: solved.append(job.place.index) or quantize_block(job))
     answers = iter([False, True])
     with pytest.raises(ResumableError, match="stopped after block 2 of 3"):
         run(recipe, tmp_path / "run", stop=lambda: next(answers))
@@ -343,10 +341,10 @@ def test_an_error_in_a_continued_run_keeps_what_the_first_process_finished(recip
 def test_a_run_that_cannot_succeed_leaves_nothing_however_far_it_was(recipe, tmp_path, monkeypatch):
     quantize_block = stream.quantize_block
 
-    def fail_late(job, *rest):
-        if job.index == 2:
+    def fail_late(job):
+        if job.place.index == 2:
             raise NumericalError("singular")
-        return quantize_block(job, *rest)
+        return quantize_block(job)
 
     monkeypatch.setattr(stream, "quantize_block", fail_late)
     with pytest.raises(NumericalError, match="singular"):
@@ -359,10 +357,10 @@ def test_an_allocation_that_fails_ends_with_advice_and_can_be_continued(
 ):
     quantize_block = stream.quantize_block
 
-    def allocate(job, *rest):
-        if job.index == 1:
+    def allocate(job):
+        if job.place.index == 1:
             torch.empty(1 << 60, dtype=torch.uint8)
-        return quantize_block(job, *rest)
+        return quantize_block(job)
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:

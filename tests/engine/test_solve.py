@@ -16,6 +16,7 @@ from quantlab.api import (
     Statistic,
     layer_loss,
 )
+from quantlab.engine.device import moved, solving_device
 from quantlab.engine.moments import Moments
 from quantlab.engine.rows import join_rows, split_rows
 from quantlab.engine.solve import SolveOptions, solve_layers
@@ -324,3 +325,70 @@ class Failing(Recording):
 def test_a_numerical_failure_names_the_layers(linears, statistics):
     with pytest.raises(NumericalError, match=r"recording cannot quantize a \+ b: not positive definite"):
         solve(linears, statistics, Failing([]))
+
+
+@dataclass(frozen=True)
+class Preparing(Recording):
+    """Prepares an object of its own for each statistics, and remembers what for."""
+
+    prepared: list
+
+    def prepare_statistics(self, statistics, dtype):
+        assert statistics.fisher is None
+        assert dtype == torch.float32
+        self.prepared.append(statistics.hessian)
+        return self.prepared[-1].clone()
+
+
+def test_statistics_are_prepared_once_for_all_pieces_of_all_layers(linears, statistics):
+    method = Preparing([], [])
+    solve(linears, statistics, method, max_rows=3)
+    assert len(method.prepared) == 1
+    assert len(method.problems) == 4
+    first = method.problems[0].prepared
+    assert torch.equal(first, statistics.moments["a"][0].hessian)
+    assert all(problem.prepared is first for problem in method.problems)
+
+
+def test_every_hessian_is_prepared_for_its_own_rows(linears, grouped):
+    method = Preparing([], [])
+    solve(linears, grouped, method, max_rows=2)
+    assert len(method.prepared) == 4
+    assert all(torch.equal(problem.prepared, problem.statistics.hessian) for problem in method.problems)
+
+
+def test_layers_with_other_options_do_not_share_what_is_prepared(linears, statistics):
+    methods = {"a": Preparing([], []), "b": Preparing([], [])}
+    options = {
+        "a": SolveOptions(quantizer=methods["a"], spec=SPEC),
+        "b": SolveOptions(quantizer=methods["b"], spec=SPEC, seed=1),
+    }
+    solve_layers(linears, statistics, options)
+    assert [len(method.prepared) for method in methods.values()] == [1, 1]
+
+
+def test_an_error_while_preparing_names_the_method_and_the_layers(linears, statistics):
+    class Failing(Recording):
+        def prepare_statistics(self, statistics, dtype):
+            raise NumericalError("not positive definite")
+
+    with pytest.raises(NumericalError, match=r"^recording cannot quantize a \+ b: not positive definite$"):
+        solve(linears, statistics, Failing([]))
+
+
+def test_values_move_between_devices_at_any_depth():
+    problem = LayerProblem(
+        name="a",
+        weight=torch.zeros(2, 3),
+        spec=SPEC,
+        statistics=InputStatistics(hessian=torch.eye(3), num_tokens=1),
+        prepared=torch.ones(1),
+    )
+    there = moved(problem.statistics, torch.device("meta"))
+    assert there.hessian.is_meta
+    assert there.fisher is None
+    assert moved(None, torch.device("meta")) is None
+    answer = round_to_nearest(problem.weight, SPEC)
+    assert moved(answer, torch.device("meta")).codebook.levels().is_meta
+    assert solving_device(0) == torch.device("cpu")
+    assert solving_device(0.5) == torch.device("cuda")

@@ -40,17 +40,33 @@ def recipe(tiny):
 def local(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("local") / "run"
     assert invoke(["run", str(recipe), "--output-dir", str(folder), "-q"]) == 0
-    return file_hashes(folder)
+    return folder
 
 
 def test_three_nodes_write_what_one_process_writes(cluster, recipe, local, tmp_path):
     folder = tmp_path / "run"
     arguments = ["--executor", "ray", "--address", cluster.address, "--output-dir", str(folder), "-q"]
     assert invoke(["run", str(recipe), *arguments]) == 0
-    assert file_hashes(folder) == local
+    assert file_hashes(folder) == file_hashes(local)
+    assert (folder / "eval.json").read_text() == (local / "eval.json").read_text()
     assert not (folder / "work").exists()
 
 
+@pytest.mark.parametrize(
+    "budget", [None, pytest.param("2GiB", marks=pytest.mark.slow)], ids=["in memory", "block by block"]
+)
+def test_an_evaluation_is_spread_with_the_same_figures(cluster, tiny, local, budget, tmp_path, monkeypatch):
+    monkeypatch.setattr("quantlab.evaluate.perplexity.TOKENS_PER_BATCH", 32)  # several batches
+    arguments = ["eval", str(local), "--perplexity", f"file:{tiny / 'test.txt'}", "--sequence-length", "16", "-q"]
+    arguments += ["--memory-budget", budget] if budget else []
+    outputs = [tmp_path / "here.json", tmp_path / "there.json"]
+    assert invoke([*arguments, "--output", str(outputs[0])]) == 0
+    remote = ["--executor", "ray", "--address", cluster.address, "--cpus-per-task", "1"]
+    assert invoke([*arguments, *remote, "--output", str(outputs[1])]) == 0
+    assert outputs[0].read_text() == outputs[1].read_text()
+
+
+@pytest.mark.slow
 def test_a_run_survives_a_node_and_resumes_after_its_head(own_cluster, recipe, local, tmp_path):
     doomed, folder = own_cluster(3), tmp_path / "run"
     arguments = command("run", recipe, "--executor", "ray", "--address", doomed.address, "--output-dir", folder, "-q")
@@ -64,4 +80,4 @@ def test_a_run_survives_a_node_and_resumes_after_its_head(own_cluster, recipe, l
     assert process.returncode == 75, message
     assert "the same command continues the run" in message
     assert invoke(["run", str(recipe), "--output-dir", str(folder), "-q"]) == 0
-    assert file_hashes(folder) == local
+    assert file_hashes(folder) == file_hashes(local)

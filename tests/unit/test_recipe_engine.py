@@ -26,17 +26,20 @@ def test_the_defaults_limit_nothing_and_measure_plainly(load):
         "auto",
         False,
     )
+    assert (recipe.engine.rows_per_unit, recipe.engine.calibration_shards) == (None, 1)
     section = recipe.calibration
     assert (section.inputs, section.target_alpha, section.saliency_groups) == ("quantized", 0.0, 0)
 
 
 def test_the_keys_read_back_the_same(load, tmp_path):
     text = (
-        "engine: {memory_budget: 1.5GiB, activations: disk, deterministic: true}\n"
+        "engine: {memory_budget: 1.5GiB, activations: disk, deterministic: true, rows_per_unit: 512, "
+        "calibration_shards: 8}\n"
         "calibration: {inputs: float, target_alpha: 1, saliency_groups: 4}\n"
     )
     recipe = load(text).recipe
     assert recipe.engine.memory_budget == "1.5GiB"
+    assert (recipe.engine.rows_per_unit, recipe.engine.calibration_shards) == (512, 8)
     assert type(recipe.calibration.target_alpha) is float
     path = tmp_path / "dumped.yaml"
     path.write_text(dump_recipe(recipe))
@@ -60,6 +63,8 @@ def test_other_sizes_are_refused_with_an_example(load, text):
     ("text", "message"),
     [
         ("engine: {activations: gpu}\n", "engine.activations is 'gpu', but must be one of auto, ram, disk"),
+        ("engine: {rows_per_unit: 0}\n", "engine.rows_per_unit is 0, but must be at least 1"),
+        ("engine: {calibration_shards: 0}\n", "engine.calibration_shards is 0, but must be at least 1"),
         ("engine: {deterministic: 1}\n", "engine.deterministic is 1, but must be true or false"),
         ("calibration: {target_alpha: 2}\n", "calibration.target_alpha is 2, but must be between 0 and 1"),
         ("calibration: {target_alpha: true}\n", "calibration.target_alpha is true, but must be a number"),
