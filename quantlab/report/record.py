@@ -17,11 +17,13 @@ class RunRecord:
         manifest: content of manifest.json: model, method, storage, timings, layers, provenance.
         perplexity: by protocol, what `quantlab.evaluate.perplexity.measure_pair` returns.
         tasks: by task, what `quantlab.evaluate.harness.compare_on_tasks` returns.
+        layer_errors: what `quantlab.evaluate.evaluation.evaluate_layers` returns, if that was asked for.
     """
 
     manifest: dict[str, Any]
     perplexity: dict[str, dict[str, Any]]
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layer_errors: dict[str, Any] | None = None
 
     def mean_accuracy(self, model: str) -> float | None:
         """The mean accuracy over the tasks that have one, as papers report it; None without such tasks.
@@ -54,7 +56,12 @@ def read_record(run_folder: Path) -> RunRecord:
         UsageError: the folder is not that of a finished run.
     """
     manifest, evaluation = (_read(run_folder / name) for name in (MANIFEST_NAME, "eval.json"))
-    return RunRecord(manifest=manifest, perplexity=evaluation["perplexity"], tasks=evaluation.get("tasks", {}))
+    return RunRecord(
+        manifest=manifest,
+        perplexity=evaluation["perplexity"],
+        tasks=evaluation.get("tasks", {}),
+        layer_errors=evaluation.get("layers"),
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
