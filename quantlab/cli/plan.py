@@ -84,11 +84,7 @@ def _plan_rows(planned: "Plan") -> list[tuple[str, str]]:
 def _estimate_rows(planned: "Plan", estimate: "Estimate", like: Path | None) -> list[tuple[str, str]]:
     from quantlab.report.units import format_bytes, format_duration
 
-    basis = (
-        "from seconds of work on this machine; within a factor of about 2 when it is idle"
-        if like is None
-        else f"scaled from {like}"
-    )
+    basis = "from seconds of work on this machine" if like is None else f"scaled from {like}"
     return [
         ("bits per weight", f"{estimate.bits_per_weight:.3f}"),
         ("checkpoint", format_bytes(estimate.checkpoint_bytes)),

@@ -247,8 +247,11 @@ def plan_memory(
             parts = always | batch | _parts_of(max(groups, key=lambda group: group.fixed), fewest)
             raise _too_small(budget, least, parts | {"hidden states": needed})
         room = 0 if options.activations == "disk" else needed + min(inside - largest, spare - outside)
-    largest_group = max(groups, key=lambda group: group.fixed + group.rows_of(max_rows))
-    parts = _parts_of(largest_group, max_rows)
+
+    def occupied(group: _Solving) -> int:
+        return max(group.fixed + group.rows_of(max_rows), group.statistics + batch["batch"])
+
+    parts = _parts_of(max(groups, key=occupied), max_rows)
     return MemoryPlan(
         tokens_per_batch=tokens,
         max_rows=max_rows,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,9 @@ MEMORY_SHARE = 0.8
 
 LOGITS_COPIES = 8
 """Tensors of the size of a batch's logits that exist at once when two models are compared, counted as float32."""
+
+LAYER_COPIES = 4
+"""Tensors of the size of a layer that exist at once while its errors are measured, counted as float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +229,12 @@ def streamed_bytes(sizes: Sequence[ModelSizes], tokens: int) -> int:
     return RUNTIME_BYTES + outside + max(inside, logits)
 
 
+def layer_errors_bytes(sizes: Sequence[ModelSizes], tokens: int) -> int:
+    """The expected peak memory of measuring layer errors, where both models have a block in memory; as above."""
+    models = sum(size.outside_bytes + 2 * size.block_bytes + size.inside_bytes(tokens) for size in sizes)
+    return RUNTIME_BYTES + models + LAYER_COPIES * 4 * max(math.prod(shape) for size in sizes for shape in size.shapes)
+
+
 def _require_budget(subjects: Sequence[Subject], dtype: torch.dtype, options: EvaluationOptions, length: int) -> None:
     budget = options.memory_budget_bytes
     if budget is None:
@@ -232,7 +242,8 @@ def _require_budget(subjects: Sequence[Subject], dtype: torch.dtype, options: Ev
     if options.tasks.tasks:
         raise UsageError("tasks need the whole model in memory, so a memory budget cannot be kept; evaluate them apart")
     sizes = [survey_model(read_config(subject.folder), dtype).sizes for subject in subjects]
-    needed = streamed_bytes(sizes, max(length, TOKENS_PER_BATCH))
+    tokens = max(length, TOKENS_PER_BATCH)
+    needed = max(streamed_bytes(sizes, tokens), layer_errors_bytes(sizes, tokens) if options.layers else 0)
     if needed > budget:
         raise UsageError(
             f"a memory budget of {budget / 2**20:,.0f} MiB is too small to evaluate these models; one block at a time "

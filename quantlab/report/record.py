@@ -20,6 +20,7 @@ class RunRecord:
         perplexity: by protocol, what `quantlab.evaluate.perplexity.measure_pair` returns.
         tasks: by task, what `quantlab.evaluate.harness.side_by_side` returns.
         profile: what `quantlab.evaluate.profile.profile_subjects` returned for it; None if it was not measured.
+        layer_errors: what `quantlab.evaluate.evaluation.evaluate_layers` returns, if that was asked for.
     """
 
     folder: Path
@@ -27,6 +28,7 @@ class RunRecord:
     perplexity: dict[str, dict[str, Any]]
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     profile: dict[str, Any] | None = None
+    layer_errors: dict[str, Any] | None = None
 
     def mean_accuracy(self, model: str) -> float | None:
         """The mean accuracy over the tasks that have one, as papers report it; None without such tasks.
@@ -92,6 +94,7 @@ def read_record(run_folder: Path) -> RunRecord:
         perplexity=evaluation["perplexity"],
         tasks=evaluation.get("tasks", {}),
         profile=_read_profile(run_folder),
+        layer_errors=evaluation.get("layers"),
     )
 
 

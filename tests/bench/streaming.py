@@ -72,31 +72,28 @@ class Shape:
 
 SHAPES = {
     "narrow": Shape(1024, 2816, 8, 2, 4096, 200, 200, "1GiB", "rtn", r"layers\.(0|199)\.|k_proj"),
-    "1b": Shape(2048, 8192, 32, 8, 128256, 16, 2, "4GiB", "ganq"),
+    "1b": Shape(2048, 8192, 32, 8, 128256, 16, 1, "4GiB", "ganq:paper"),
     "7b": Shape(4096, 11008, 32, 32, 32000, 32, 1, "8GiB", "gptq"),
     "70b": Shape(8192, 28672, 64, 8, 128256, 80, 1, "16GiB", "rtn"),
 }
 
 
 def write_checkpoint(folder: Path, shape: Shape, blocks: int) -> int:
-    """Random bfloat16 weights, the same in every block, one file per block; returns their bytes."""
+    """Random bfloat16 weights, one file per block, every tensor from the same numbers; returns their bytes."""
     model = build_skeleton(shape.config(blocks), torch.bfloat16)
     prefix = find_blocks(model)[0]
-    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     parts: dict[str, dict[str, torch.Size]] = {}
     for name, parameter in model.named_parameters():
         inside = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
         parts.setdefault(inside[1] if inside else "rest", {})[name] = parameter.shape
     weight_map: dict[str, str] = {}
     total = 0
-    values: dict[str, torch.Tensor] = {}
     for part, shapes in parts.items():
         tensors = {}
         for name, size in shapes.items():
-            role = re.sub(r"\.\d+\.", ".*.", name)
-            if role not in values:
-                values[role] = torch.empty(size, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
-            tensors[name] = values[role]
+            count = size.numel()
+            tensors[name] = numbers.repeat(-(-count // len(numbers)))[:count].view(size)
         write_safetensors(folder / f"model-{part}.safetensors", tensors)
         weight_map |= dict.fromkeys(tensors, f"model-{part}.safetensors")
         total += sum(tensor.nbytes for tensor in tensors.values())

@@ -11,7 +11,9 @@ from quantlab.report.html.codebooks import codebooks
 from quantlab.report.html.convergence import convergence, convergence_of_methods, curves
 from quantlab.report.html.experts import experts
 from quantlab.report.html.layers import grid
+from quantlab.report.html.outputs import outputs
 from quantlab.report.html.overview import overview
+from quantlab.report.html.page import render_page
 from quantlab.report.html.published import find_published, published, read_published, recipe_of
 from quantlab.report.html.resources import resources
 from quantlab.report.html.runs import find_runs
@@ -388,3 +390,20 @@ def test_a_damaged_profile_is_one_clear_error(paper_run, content):
     (paper_run / "profile.json").write_text(content)
     with pytest.raises(UsageError, match=r"cannot read .*profile\.json: .*`quantlab profile .*` writes it anew"):
         published([the_run(paper_run)])
+
+
+def test_output_errors_are_shown_where_they_were_measured(run_folder):
+    assert outputs(find_runs([run_folder])[0][0]) is None
+    errors = {"error": 0.002, "rtn_error": 0.008, "accumulated": None}
+    names = [f"model.layers.{block}.mlp.up_proj" for block in (0, 1)]
+    texts = {name: {"source": "stdlib", "windows": 2, "sequence_length": 64} for name in ("calibration", "held_out")}
+    layers = [{"name": name, "calibration": {**errors, "error": 0.001}, "held_out": errors} for name in names]
+    path = run_folder / "eval.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layers": {"texts": texts, "layers": layers}}))
+    part = outputs(find_runs([run_folder])[0][0])
+    for figure in ("mlp.up_proj", "1.000e-03", "2.000e-03", "0.250", "held-out text stdlib, 2 x 64 tokens"):
+        assert figure in part.content
+    assert "Errors on held-out text" in render_page(*find_runs([run_folder]))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layers": {"layers": [{"name": "x"}]}}))
+    with pytest.raises(UsageError, match="has a record that this version of quantlab cannot show"):
+        find_runs([run_folder])

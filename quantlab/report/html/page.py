@@ -11,6 +11,7 @@ from quantlab.report.html.convergence import convergence, convergence_of_methods
 from quantlab.report.html.experts import experts
 from quantlab.report.html.layers import layers
 from quantlab.report.html.markup import Html, join, tag
+from quantlab.report.html.outputs import outputs
 from quantlab.report.html.overview import overview, verdict
 from quantlab.report.html.parts import Part, verbatim
 from quantlab.report.html.provenance import fallbacks, provenance
@@ -110,6 +111,7 @@ def _subject(runs: Sequence[Run]) -> str:
 def _parts_of(run: Run, prefix: str) -> list[Part]:
     parts = [
         layers(run, prefix),
+        outputs(run),
         codebooks(run, prefix),
         convergence(run, prefix),
         resources(run, prefix),

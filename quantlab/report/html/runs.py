@@ -11,6 +11,7 @@ from typing import Any
 from quantlab.checkpoint.names import MANIFEST_NAME
 from quantlab.compare import CELLS, COMMANDS, FAILURE_SUFFIX
 from quantlab.errors import UsageError
+from quantlab.report.layer_errors import by_role
 from quantlab.report.markdown import provenance
 from quantlab.report.record import RunRecord, read_record
 
@@ -188,6 +189,10 @@ def _require_numbers(record: RunRecord) -> None:
     for name, mapping in (("method.options", manifest["method"]["options"]), ("versions", manifest["versions"])):
         if not isinstance(mapping, dict):
             raise TypeError(f"{name} must be an object")
+    if record.layer_errors is not None:
+        by_role(record.layer_errors["layers"])
+        for text in record.layer_errors["texts"].values():
+            _ = text["source"], _number(text["windows"], "layers: windows"), text["sequence_length"]
     if not isinstance(manifest["files"], dict) or not isinstance(manifest["fallbacks"], list):
         raise TypeError("files must be an object, and fallbacks a list")
     if not isinstance(manifest["method"]["name"], str) or not isinstance(manifest["command"], str):
