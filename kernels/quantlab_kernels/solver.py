@@ -293,9 +293,9 @@ def multiply_symmetric(matrix: Tensor, hessian: Tensor) -> Tensor:
 
 
 def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
-    """The loss e H eᵀ of every row of an error (rows, in_features): (rows,) float64."""
+    """The loss e H eᵀ of every row of an error (rows, in_features), summed in double precision: (rows,) float64."""
     if _on_cuda(error):
-        return ((error @ hessian) * error).sum(dim=1, dtype=torch.float64)
+        return ((error.double() @ hessian.double()) * error).sum(dim=1)
     threads = torch.get_num_threads()
     error, hessian = error.contiguous(), hessian.contiguous()
     loss = torch.empty(len(error), dtype=torch.float64)

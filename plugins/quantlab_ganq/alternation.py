@@ -20,6 +20,7 @@ Keep = Literal["row", "layer"]
 _BLOCK_SIZE = 64
 _FEWEST_BLOCKS = 3  # a single block would be the sweep over again
 _MOST_INPUTS_PER_LEVEL = 32  # beyond, a table hardly feels the change of a single code
+_MOST_LEVELS = 16  # the work grows with their square
 _LAST_SWEEPS = 2
 _STORED_PRECISION = 1 << 11  # a float16 has eleven significant bits
 
@@ -78,7 +79,8 @@ class Alternation:
     def polish(self, start: Candidate) -> Candidate:
         """Block descent and a codebook step; where few inputs share a level, joint descent, too. No loss rises."""
         found = self._refit(start.fitted.levels, self._assignment(start.fitted, start.loss), block_passes=1)
-        if self.weight.shape[1] > _MOST_INPUTS_PER_LEVEL * found.fitted.levels.shape[1]:
+        levels = found.fitted.levels.shape[1]
+        if levels > _MOST_LEVELS or self.weight.shape[1] > _MOST_INPUTS_PER_LEVEL * levels:
             return found
         operands = (self.weight, found.fitted, found.loss, self.hessian, self.order, self._fit)
         fitted, loss = descend_jointly(*operands, passes=1)

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,7 +42,8 @@ DAMPING = 0.01
 PAPER = GanqQuantizer.info.presets["paper"]
 KMEANS_ITERATIONS, KMEANS_CELLS = 50, 256
 MOST_FACTORS = 1024
-REPEATED = 1 << 22  # weights up to which whole methods are repeated, too
+REPEATED = 1 << 22  # weights up to which whole methods are repeated, and memory is measured in a run of its own
+MMAP_THRESHOLD, SMALL_BUFFER, LARGE_BUFFER = -3, 1 << 17, 1 << 25  # M_MMAP_THRESHOLD of malloc.h, and bytes
 LIBC = ctypes.CDLL(None)
 
 
@@ -98,9 +100,10 @@ class Bench:
         self, what: str, run: Callable[[], Tensor | None], *, iterations: int | None = None, repeat: int = 1
     ) -> Row:
         """Run something that returns a dequantized weight, or None."""
-        found, seconds, peak = timed(run)
-        for _ in range(repeat - 1):
-            seconds = min(seconds, timed(run)[1])
+        with freed_memory_returned():
+            found, seconds, peak = timed(run)
+        if self.weight.numel() <= REPEATED:  # so much smaller buffers are slower that way
+            seconds = min(timed(run)[1] for _ in range(repeat))
         loss = None if found is None else layer_loss(self.weight, found, self.hessian).sum().item()
         return Row(
             shape="x".join(map(str, self.weight.shape)),
@@ -187,6 +190,16 @@ def timed(run: Callable[[], Tensor | None]) -> tuple[Tensor | None, float, int |
     result = run()
     seconds = clock() - begin
     return result, seconds, None if before is None else memory("VmHWM") - before
+
+
+@contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Let the allocator give freed buffers back at once, so that the peak is what is in use and not what it keeps."""
+    if hasattr(LIBC, "mallopt"):
+        LIBC.mallopt(MMAP_THRESHOLD, SMALL_BUFFER)
+    yield
+    if hasattr(LIBC, "mallopt"):
+        LIBC.mallopt(MMAP_THRESHOLD, LARGE_BUFFER)
 
 
 def restart_peak() -> int | None:

@@ -124,23 +124,46 @@ void multiply_tile(const float* matrix, const float* hessian, TileRows rows, flo
     }
 }
 
-// e H e^T of every row: for each input, its error times the coupling to all inputs before it, twice, and to itself.
-void measure_tile(const float* error, const float* hessian, TileRows rows, float* tile, double* loss) {
-    alignas(ALIGNMENT) float sums[BLOCK * LANES];
-    const float* factors[BLOCK];
-    double total[LANES] = {};
-    load_tile(error, rows, nullptr, tile);
-    for (int64_t start = 0; start < rows.inputs; start += BLOCK) {
-        const int64_t count = std::min(BLOCK, rows.inputs - start);
-        std::memset(sums, 0, sizeof sums);
-        for (int64_t i = 0; i < count; ++i) factors[i] = hessian + (start + i) * rows.inputs;
-        accumulate(factors, count, tile, 0, start, sums);
-        for (int64_t at = 0; at < count * LANES; at += WIDTH) store(sums + at, 2 * load(sums + at));
-        accumulate(factors, count, tile, start, start + count, sums);
-        for (int64_t i = 0; i < count; ++i)
-            for (int64_t lane = 0; lane < LANES; ++lane)
-                total[lane] += double(sums[i * LANES + lane]) * tile[(start + i) * LANES + lane];
+// total[lane] += the terms of e H e^T that belong to COUNT inputs from `first`: twice the coupling to all inputs before
+// each, and its own. In double precision: where inputs are nearly dependent, large terms cancel.
+template <int COUNT>
+void measure_inputs(const double* tile, const float* hessian, int64_t inputs, int64_t first, double* total) {
+    constexpr int64_t HALF = WIDTH / 2, LANES_AT_ONCE = VECTORS * HALF;
+    for (int64_t lane = 0; lane < LANES; lane += LANES_AT_ONCE) {
+        Doubles sums[COUNT][VECTORS] = {};
+        for (int64_t u = 0; u < first; ++u) {
+            Doubles operand[VECTORS];
+            for (int v = 0; v < VECTORS; ++v)
+                operand[v] = *reinterpret_cast<const Doubles*>(tile + u * LANES + lane + v * HALF);
+            for (int r = 0; r < COUNT; ++r) {
+                const Doubles entry = 2.0 * hessian[(first + r) * inputs + u] - Doubles{};
+                for (int v = 0; v < VECTORS; ++v) sums[r][v] = multiply_add(entry, operand[v], sums[r][v]);
+            }
+        }
+        for (int r = 0; r < COUNT; ++r) {
+            const double* own = tile + (first + r) * LANES + lane;
+            for (int s = 0; s <= r; ++s)
+                for (int v = 0; v < VECTORS; ++v) {
+                    const double factor = (s < r ? 2.0 : 1.0) * hessian[(first + r) * inputs + first + s];
+                    const double* other = tile + (first + s) * LANES + lane + v * HALF;
+                    sums[r][v] = multiply_add(factor - Doubles{}, *reinterpret_cast<const Doubles*>(other), sums[r][v]);
+                }
+            for (int v = 0; v < VECTORS; ++v) {
+                Doubles& sum = *reinterpret_cast<Doubles*>(total + lane + v * HALF);
+                sum = multiply_add(sums[r][v], *reinterpret_cast<const Doubles*>(own + v * HALF), sum);
+            }
+        }
     }
+}
+
+void measure_tile(const float* error, const float* hessian, TileRows rows, double* tile, double* loss) {
+    alignas(ALIGNMENT) double total[LANES] = {};
+    for (int64_t lane = 0; lane < LANES; ++lane)
+        for (int64_t j = 0; j < rows.inputs; ++j)
+            tile[j * LANES + lane] = lane < rows.count ? error[(rows.first + lane) * rows.inputs + j] : 0.0;
+    int64_t first = 0;
+    for (; first + ROWS <= rows.inputs; first += ROWS) measure_inputs<ROWS>(tile, hessian, rows.inputs, first, total);
+    for (; first < rows.inputs; ++first) measure_inputs<1>(tile, hessian, rows.inputs, first, total);
     std::copy(total, total + rows.count, loss + rows.first);
 }
 
@@ -180,5 +203,5 @@ SOLVER_API void solver_measure(const float* error, const float* hessian, int64_t
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t t = 0; t < tile_count(rows); ++t)
         measure_tile(error, hessian, TileRows(t, rows, inputs),
-                     reinterpret_cast<float*>(scratch + omp_get_thread_num() * scratch_bytes), loss);
+                     reinterpret_cast<double*>(scratch + omp_get_thread_num() * scratch_bytes), loss);
 }

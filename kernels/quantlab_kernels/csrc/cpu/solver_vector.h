@@ -32,6 +32,7 @@ constexpr int STRIP = VECTORS * WIDTH;  // lanes that registers hold at a time
 constexpr int ALIGNMENT = 64;
 
 typedef float Floats __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef double Doubles __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(WIDTH), may_alias));
 
@@ -46,6 +47,16 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
     return _mm512_fmadd_ps(a, b, c);
 #elif defined(__AVX2__) && defined(__FMA__)
     return _mm256_fmadd_ps(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_pd(a, b, c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return _mm256_fmadd_pd(a, b, c);
 #else
     return a * b + c;
 #endif
