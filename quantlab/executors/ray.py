@@ -25,7 +25,7 @@ import torch
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from quantlab.errors import ResumableError, UsageError
+from quantlab.errors import CheckpointError, ModelError, ResumableError, UsageError
 from quantlab.executors.inbox import Inbox, Message, PostedProgress, deliver, warnings_posted
 from quantlab.executors.nodes import NodeReport, report_node, require_alike
 from quantlab.executors.opening import ExecutorOptions
@@ -103,6 +103,7 @@ class RayExecutor:
     def __enter__(self) -> "RayExecutor":
         """Connect, or start."""
         # From a thread of its own Ray writes to the terminal, in the middle of the panel.
+        self._printed_by_ray = vars(ray._private.worker)["print_to_stdstream"]
         vars(ray._private.worker)["print_to_stdstream"] = self._keep
         _connect(self._options)
         context = ray.get_runtime_context()
@@ -115,6 +116,7 @@ class RayExecutor:
         """Cancel what is not done, and end what was started."""
         self._cancel(self._waiting)
         ray.shutdown()
+        vars(ray._private.worker)["print_to_stdstream"] = self._printed_by_ray
 
     @property
     def slots(self) -> int:
@@ -226,7 +228,7 @@ class RayExecutor:
                 attend()
                 continue
             except RayTaskError as error:  # before or after the unit itself, whose errors are results
-                raise UsageError(
+                raise ResumableError(
                     f"a unit cannot run on a node: {str(error).strip().splitlines()[-1]}; install the same packages, "
                     "plugins among them, on every node"
                 ) from error
@@ -237,9 +239,11 @@ class RayExecutor:
                     "machines that run out of memory, and give units less with engine.rows_per_unit"
                 ) from error
             attend()
-            if isinstance(result, Failure):
-                raise result.error
-            return result
+            if not isinstance(result, Failure):
+                return result
+            if isinstance(result.error, ModelError | CheckpointError):  # the driver has read what that node cannot
+                raise ResumableError(f"on a node of the cluster: {result.error}") from result.error
+            raise result.error
 
     def _attend(self) -> None:
         self._head.require()
@@ -285,7 +289,8 @@ class _Head:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._heard = self._asked = time.monotonic()
+        self._asked = time.monotonic()
+        self._silent_since: float | None = None
 
     def require(self) -> None:
         """Raise ResumableError if the head has been silent for long."""
@@ -295,12 +300,14 @@ class _Head:
         try:
             _reach(self._address)
         except OSError as error:
-            if now - self._heard > HEAD_SILENCE_S:
+            if self._silent_since is None:
+                self._silent_since = now
+            if now - self._silent_since > HEAD_SILENCE_S:
                 raise ResumableError(
                     f"the head of the Ray cluster at {self._address} does not answer ({error}); start the cluster again"
                 ) from error
         else:
-            self._heard = now
+            self._silent_since = None
         self._asked = now
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from quantlab.errors import NumericalError
+from quantlab.errors import ModelError, NumericalError
 
 
 def where(number):
@@ -52,3 +52,7 @@ def remember(number, kept=[]):  # noqa: B006  # the memory of a process
 
 def transposed(matrix):
     return matrix.T @ matrix, matrix.stride(), torch.get_num_threads()
+
+
+def miss(path):
+    raise ModelError(f"{path} is missing")

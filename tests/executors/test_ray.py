@@ -68,6 +68,11 @@ def test_an_error_of_a_unit_is_raised_at_its_turn(executor):
         next(results)
 
 
+def test_a_model_that_only_a_node_cannot_read_does_not_end_the_run_for_good(executor):
+    with pytest.raises(ResumableError, match="on a node of the cluster: /models is missing"):
+        next(executor.map(remote.miss, [("/models",)]))
+
+
 def test_an_error_passes_through_the_units_that_build_on_it(executor):
     with pytest.raises(NumericalError, match="unit 1 has no answer"):
         next(executor.map(remote.add, [(executor.call(remote.fail, 1), 1)]))
