@@ -100,10 +100,12 @@ class Bench:
         self, what: str, run: Callable[[], Tensor | None], *, iterations: int | None = None, repeat: int = 1
     ) -> Row:
         """Run something that returns a dequantized weight, or None."""
+        small = self.weight.numel() <= REPEATED
+        # Buffers that are returned at once are slower, and a first run takes memory that the process keeps.
+        times = [timed(run)[1] for _ in range(repeat if small else 0)]
         with freed_memory_returned():
             found, seconds, peak = timed(run)
-        if self.weight.numel() <= REPEATED:  # so much smaller buffers are slower that way
-            seconds = min(timed(run)[1] for _ in range(repeat))
+        seconds = min(times, default=seconds)
         loss = None if found is None else layer_loss(self.weight, found, self.hessian).sum().item()
         return Row(
             shape="x".join(map(str, self.weight.shape)),
