@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantlab.checkpoint.atomic import replacing
+from quantlab.checkpoint.atomic import one_at_a_time, replacing
 from quantlab.checkpoint.names import MANIFEST_NAME, MODEL_FOLDER, PROFILE_FILE
 from quantlab.engine.journal import FolderBusyError
 from quantlab.errors import QuantlabError, ResumableError, UsageError
@@ -393,21 +392,21 @@ class _Reference:
 
     def __call__(self, index: int, ids: Tensor) -> Tensor:
         path = self._folder / f"{hashlib.sha256(ids.numpy().tobytes()).hexdigest()}.safetensors"
-        if path.is_file():
-            return load_file(path)["logits"]
-        logits = in_memory(self._model)(index, ids)
-        if logits.nbytes + self._size() <= REFERENCE_BYTES:
-            own = path.with_suffix(f".{uuid.uuid4().hex}")  # another cell may be about to write the same
-            with replacing(own) as temporary:
-                save_file({"logits": logits.contiguous()}, temporary)
-            own.replace(path)
+        with one_at_a_time(path):  # another cell may be about to ask the same
+            if path.is_file():
+                return load_file(path)["logits"]
+            logits = in_memory(self._model)(index, ids)
+            if logits.nbytes + self._size() <= REFERENCE_BYTES:
+                with replacing(path) as temporary:
+                    save_file({"logits": logits.contiguous()}, temporary)
         return logits
 
     def on_tasks(self, options: TaskOptions, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path = self._folder / f"tasks-{_digest(repr(options))}.json"
-        if not path.is_file():
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(evaluate()), encoding="utf-8")
+        with one_at_a_time(path):
+            if not path.is_file():
+                with replacing(path) as temporary:
+                    temporary.write_text(json.dumps(evaluate()), encoding="utf-8")
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return results
 

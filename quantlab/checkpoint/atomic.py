@@ -1,5 +1,6 @@
 """Files and folders that are either complete or not there, also after a crash or a power cut."""
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -37,6 +38,18 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # what keeps the file from being removed has kept it from being written
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Inside, no other process is inside for the same path: it waits. However a process ends, its turn ends with it.
+
+    Args:
+        path: what is written inside; a lock file beside it stays behind.
+    """
+    with path.with_name(f".{path.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

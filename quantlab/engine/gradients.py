@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quantlab.checkpoint.atomic import replacing
+from quantlab.checkpoint.atomic import one_at_a_time, replacing
 from quantlab.checkpoint.serialize import write_safetensors
 from quantlab.engine.calls import BlockDriver
 from quantlab.engine.drive import open_driver
@@ -78,11 +78,26 @@ def collect_gradients(
         NumericalError: a gradient is not finite.
     """
     complete = folder / "seconds.json"
-    if complete.is_file():
-        earlier_s: float = json.loads(complete.read_text(encoding="utf-8"))
-        return earlier_s
-    started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(complete):  # runs of a comparison share the folder
+        if not complete.is_file():
+            started = time.monotonic()
+            _collect(source, calibration_ids, dtype, options, folder, new_states, progress)
+            with replacing(complete) as temporary:
+                temporary.write_text(json.dumps(time.monotonic() - started), encoding="utf-8")
+        seconds: float = json.loads(complete.read_text(encoding="utf-8"))
+    return seconds
+
+
+def _collect(
+    source: Path,
+    calibration_ids: Tensor,
+    dtype: torch.dtype,
+    options: StatisticsOptions,
+    folder: Path,
+    new_states: Callable[[str], HiddenStates],
+    progress: Progress,
+) -> None:
     model = build_skeleton(read_config(source), dtype)
     prefix, blocks = find_blocks(model)
     weights = WeightSource(source, model, dtype)
@@ -100,10 +115,6 @@ def collect_gradients(
             write_safetensors(_file(folder, index), {f"{prefix}.{index}.{key}": value for key, value in found.items()})
             progress.advance(detail=f"block {index + 1}/{len(blocks)}  backward")
         gradients.remove()
-    seconds = time.monotonic() - started
-    with replacing(complete) as temporary:
-        temporary.write_text(json.dumps(seconds), encoding="utf-8")
-    return seconds
 
 
 def read_gradients(folder: Path, index: int, layers: Sequence[str]) -> Gradients:

@@ -62,7 +62,7 @@ def report_node(model_folder: Path, probe: Path | None) -> NodeReport:
         transformers=transformers.__version__,
         quantlab=__version__,
         processor=torch.backends.cpu.get_cpu_capability(),
-        kernels=", ".join(f"{name} {state}" for name, state in kernel_states().items() if name != "cuda"),
+        kernels=", ".join(f"{name} {state}" for name, state in kernel_states().items() if "cuda" not in name),
         model=_listing(model_folder),
         probe=probe.read_text() if probe is not None and probe.is_file() else None,
     )
