@@ -138,9 +138,12 @@ class RayExecutor:
             for node in _nodes():
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 reference = look.options(num_cpus=0, scheduling_strategy=there).remote(model_folder, probe)
-                reports[reference] = node["NodeManagerAddress"]
-            for reference, address in reports.items():
-                require_alike(driver, self._report(reference, address), address, model_folder, folder)
+                reports[reference] = node
+            for reference, node in reports.items():
+                address = node["NodeManagerAddress"]
+                report = self._report(reference, node["NodeID"], address)
+                if report is not None:
+                    require_alike(driver, report, address, model_folder, folder)
 
     def link(self, progress: Progress, stop: Callable[[], bool]) -> Link:
         """See Executor."""
@@ -264,10 +267,13 @@ class RayExecutor:
         """Take what Ray would print, such as that a node is lost."""
         self._from_ray += [("ray", _first_line(line)[:MESSAGE_LENGTH]) for line in data["lines"]]
 
-    def _report(self, reference: Any, address: str) -> NodeReport:
+    def _report(self, reference: Any, node: str, address: str) -> NodeReport | None:
+        """What a node says about itself; None if it has been lost."""
         try:
             report: NodeReport = ray.get(reference, timeout=NODE_CHECK_S)
         except (RayError, GetTimeoutError) as error:
+            if node not in {living["NodeID"] for living in _nodes()}:
+                return None
             raise UsageError(
                 f"node {address} cannot take part: quantlab does not run there ({_first_line(error)}); install the "
                 "same quantlab-ptq on every node"

@@ -128,7 +128,7 @@ def show(title: str, rows: Sequence[dict[str, float | str]]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What the estimates rest on; the first three were measured here, the others are guesses to be replaced.
+    """What the estimates rest on; only the rate of the object store was measured, the others are to be replaced.
 
     Attributes:
         sweep_overhead: of a run on a worker over one in the process that it was measured in.
