@@ -8,6 +8,7 @@
 // in terms of the errors e_u of the weight itself, so that the shifted weight is never formed.
 #include <omp.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "solver_cholesky.h"
@@ -133,6 +134,8 @@ void visit_block(const Blocks& blocks, const Rounder& round, int64_t first, Tile
     }
 }
 
+constexpr double SMALLEST_STEP = 1e-8;  // of the damping
+
 // Where the factors of one block go, each (size, size) but the last; see `Blocks`.
 struct BlockFactor {
     float* within;
@@ -142,12 +145,12 @@ struct BlockFactor {
 };
 
 // H_BB and its factors. While it is not positive definite with `damping` times its mean diagonal added, the damping is
-// multiplied by ten (as in cholesky.py), up to one; false if that is not enough.
+// multiplied by ten from the smallest step on (as in cholesky.py), up to one; false if that is not enough.
 bool factor_block(const float* hessian, int64_t inputs, const int64_t* block, int64_t count, int64_t size,
                   double damping, const BlockFactor& factor) {
     double lower[MAX_BLOCK * MAX_BLOCK], mean = 0;
     for (int64_t i = 0; i < count; ++i) mean += double(hessian[block[i] * inputs + block[i]]) / count;
-    for (bool solved = false; !solved; damping = std::min(10 * damping, 1.0)) {
+    for (bool solved = false; !solved; damping = std::clamp(10 * damping, SMALLEST_STEP, 1.0)) {
         for (int64_t i = 0; i < count; ++i) {
             for (int64_t j = 0; j < count; ++j) {
                 factor.within[i * size + j] = hessian[block[i] * inputs + block[j]];

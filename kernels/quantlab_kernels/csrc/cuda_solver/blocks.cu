@@ -43,8 +43,11 @@ __device__ __forceinline__ void multiply_small(const float* matrix, int count, c
   }
 }
 
+constexpr double kSmallestStep = 1e-8;  // of the damping
+
 // A block of inputs by a block of threads: its Hessian and its factors, by Cholesky in float64. While it is not positive
-// definite with `damping` times its mean diagonal added, the damping is multiplied by ten (as in cholesky.py), up to one.
+// definite with `damping` times its mean diagonal added, the damping is multiplied by ten from the smallest step on (as
+// in cholesky.py), up to one.
 __global__ void __launch_bounds__(kThreads) factor_blocks(const Factors factors) {
   constexpr int kPitch = kMaxBlock + 1;  // columns in different banks
   QUANTLAB_SHARED(double, lower, kMaxBlock * kPitch);
@@ -79,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) factor_blocks(const Factors factors)
       __syncthreads();
     }
     if (damping >= 1) break;
-    damping = fmin(10 * damping, 1.0);
+    damping = fmin(fmax(10 * damping, kSmallestStep), 1.0);
   }
 
   for (int at = thread; at < size * size; at += kThreads) {
