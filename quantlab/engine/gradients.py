@@ -80,41 +80,32 @@ def collect_gradients(
     complete = folder / "seconds.json"
     folder.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(complete):  # runs of a comparison share the folder
-        if not complete.is_file():
-            started = time.monotonic()
-            _collect(source, calibration_ids, dtype, options, folder, new_states, progress)
-            with replacing(complete) as temporary:
-                temporary.write_text(json.dumps(time.monotonic() - started), encoding="utf-8")
-        seconds: float = json.loads(complete.read_text(encoding="utf-8"))
+        if complete.is_file():
+            earlier_s: float = json.loads(complete.read_text(encoding="utf-8"))
+            return earlier_s
+        started = time.monotonic()
+        model = build_skeleton(read_config(source), dtype)
+        prefix, blocks = find_blocks(model)
+        weights = WeightSource(source, model, dtype)
+        weights.load_rest()
+        weights.load_block(0)
+        with open_driver(model, list(blocks), calibration_ids[:1]) as driver:
+            _require_separate_blocks(model, driver)
+            progress.begin("gradients", 2 * len(blocks), "blocks")
+            work = _Pass(driver, weights, blocks, calibration_ids, options)
+            states = work.forward(new_states, progress)
+            gradients = new_states("gradients")
+            work.start(states.pop(), gradients)
+            for index in reversed(range(len(blocks))):
+                found = work.backward(index, states.pop(), gradients)
+                named = {f"{prefix}.{index}.{key}": value for key, value in found.items()}
+                write_safetensors(_file(folder, index), named)
+                progress.advance(detail=f"block {index + 1}/{len(blocks)}  backward")
+            gradients.remove()
+        seconds = time.monotonic() - started
+        with replacing(complete) as temporary:
+            temporary.write_text(json.dumps(seconds), encoding="utf-8")
     return seconds
-
-
-def _collect(
-    source: Path,
-    calibration_ids: Tensor,
-    dtype: torch.dtype,
-    options: StatisticsOptions,
-    folder: Path,
-    new_states: Callable[[str], HiddenStates],
-    progress: Progress,
-) -> None:
-    model = build_skeleton(read_config(source), dtype)
-    prefix, blocks = find_blocks(model)
-    weights = WeightSource(source, model, dtype)
-    weights.load_rest()
-    weights.load_block(0)
-    with open_driver(model, list(blocks), calibration_ids[:1]) as driver:
-        _require_separate_blocks(model, driver)
-        progress.begin("gradients", 2 * len(blocks), "blocks")
-        work = _Pass(driver, weights, blocks, calibration_ids, options)
-        states = work.forward(new_states, progress)
-        gradients = new_states("gradients")
-        work.start(states.pop(), gradients)
-        for index in reversed(range(len(blocks))):
-            found = work.backward(index, states.pop(), gradients)
-            write_safetensors(_file(folder, index), {f"{prefix}.{index}.{key}": value for key, value in found.items()})
-            progress.advance(detail=f"block {index + 1}/{len(blocks)}  backward")
-        gradients.remove()
 
 
 def read_gradients(folder: Path, index: int, layers: Sequence[str]) -> Gradients:
