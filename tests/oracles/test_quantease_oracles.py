@@ -81,9 +81,10 @@ def test_a_start_from_gptq_with_outliers_rounds_what_they_leave_and_descends(mak
     support, order = OutlierSupport(kind, 0.1), torch.arange(48)
     grid = minmax_grid(support.without(layer.weight, None), CodebookSpec(bits=3))
     state = DescentState(layer.weight, layer.hessian, order, grid, support)
-    state.start_from_gptq(0.01)
+    factor = factor_for_sweep(layer.hessian, order, 0.01, torch.float64)
+    state.start_from_gptq(factor)
     left = layer.weight - support.keep_largest(layer.weight)
-    expected = sweep(left, factor_for_sweep(layer.hessian, order, 0.01, torch.float64), GridRounder(grid, 48))
+    expected = sweep(left, factor, GridRounder(grid, 48))
     assert torch.equal(state.codes, expected.codes)
 
     losses = []
