@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels import solver_cuda
+from quantlab_kernels.native import usable_threads
 from quantlab_kernels.solver_library import LIBRARY, BlockOperands, DescentOperands, JointOperands, SweepOperands
 from quantlab_kernels.solver_tiles import LANES, TiledCodebooks
 
@@ -423,6 +424,24 @@ def cluster_in_cells(
     shape, scratch = (*values.shape, cells, levels, iterations, int(greedy)), _cluster_scratch(cells, levels)
     _library().solver_cluster_in_cells(*pointers, stride, *shape, *_pointers(centers, scratch), torch.get_num_threads())
     return centers
+
+
+def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add leftᵀ right to sums in place; with the same tensor twice, only on and above the diagonal is it complete.
+
+    Args:
+        sums: (left features, right features) float32, contiguous.
+        left: (tokens, left features) float32.
+        right: (tokens, right features) float32.
+    """
+    library, symmetric = _library(), left is right
+    right = right.contiguous()
+    left = right if symmetric else left.contiguous()
+    floats = library.solver_product_scratch(right.shape[1])
+    floats += 0 if symmetric else library.solver_product_scratch(left.shape[1])
+    scratch = torch.empty(floats)
+    operands = (*_pointers(left, right), *right.shape[:1], left.shape[1], right.shape[1])
+    library.solver_add_products(*operands, *_pointers(sums, scratch), usable_threads())
 
 
 def _cluster_scratch(size: int, levels: int) -> Tensor:

@@ -16,6 +16,7 @@ _SOURCES = (
     "solver_gram.cpp",
     "solver_levels.cpp",
     "solver_kmeans.cpp",
+    "solver_products.cpp",
 )
 _HEADERS = ("solver_vector.h", "solver_tile.h", "solver_rounding.h", "solver_cholesky.h")
 
@@ -140,6 +141,8 @@ def declare(library: ctypes.CDLL) -> None:
         "solver_sums_by_code": (pointer, pointer, count, count, count, pointer, threads),
         "solver_select_levels": (pointer, pointer, count, count, count, pointer, threads),
         "solver_relabel": (pointer, pointer, count, count, count, pointer, threads),
+        "solver_product_scratch": (count,),
+        "solver_add_products": (pointer, pointer, count, count, count, pointer, pointer, threads),
     }
     for name, types in arguments.items():
         function = getattr(library, name)
@@ -156,6 +159,7 @@ _COUNTS = frozenset(
         "solver_triangle_floats",
         "solver_gram_scratch",
         "solver_kmeans_scratch",
+        "solver_product_scratch",
         "solver_solve",
     }
 )

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-COLUMNS_PER_SLAB = 512  # of a symmetric product, of which only slabs on and above the diagonal are computed
+from quantlab.solvers.products import add_products
+
+_ROWS_PER_MIRROR = 512  # copied below the diagonal at a time, so that no second matrix is needed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,14 +55,12 @@ class MomentSums:
             root = self._saliency[first_token : first_token + len(piece), None].to(piece.device).sqrt()
             piece = piece * root
             drift = None if drift is None else drift * root
-        for start in range(0, len(self._hessian), COLUMNS_PER_SLAB):
-            slab = slice(start, start + COLUMNS_PER_SLAB)
-            self._hessian[slab, start:].addmm_(piece[:, slab].T, piece[:, start:])
+        add_products(self._hessian, piece, piece)
         if self._drift is not None and drift is not None:
-            self._drift.addmm_(drift.T, piece)
+            add_products(self._drift, drift, piece)
 
     def raw(self) -> tuple[Tensor, Tensor | None]:
-        """The sums for H, of which only slabs on and above the diagonal are computed, and for D."""
+        """The sums for H, of which only the upper triangle is complete, and for D."""
         return self._hessian, self._drift
 
     def absorb(self, hessian: Tensor, drift: Tensor | None) -> None:
@@ -71,8 +71,8 @@ class MomentSums:
 
     def finish(self, num_tokens: int) -> Moments:
         """The means; zero if there was no token."""
-        for start in range(0, len(self._hessian), COLUMNS_PER_SLAB):
-            slab = slice(start, start + COLUMNS_PER_SLAB)
+        for start in range(0, len(self._hessian), _ROWS_PER_MIRROR):
+            slab = slice(start, start + _ROWS_PER_MIRROR)
             corner = self._hessian[slab, slab]
             corner.copy_(corner.triu() + corner.triu(1).T)
             self._hessian[slab.stop :, slab] = self._hessian[slab, slab.stop :].T

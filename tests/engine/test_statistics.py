@@ -38,7 +38,7 @@ def batches():
 def piece_sizes(request, monkeypatch):
     if request.param == "ragged pieces":
         monkeypatch.setattr(statistics_module, "TOKENS_PER_PIECE", 7)
-        monkeypatch.setattr(moments_module, "COLUMNS_PER_SLAB", 4)
+        monkeypatch.setattr(moments_module, "_ROWS_PER_MIRROR", 4)
 
 
 def collect(linears, options, batches, references=None, gradients=None):

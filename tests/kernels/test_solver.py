@@ -11,6 +11,7 @@ from quantlab.solvers.grid import minmax_grid
 from quantlab.solvers.joint import descend_jointly
 from quantlab.solvers.kmeans import kmeans_levels
 from quantlab.solvers.nearest import GridRounder, LutRounder
+from quantlab.solvers.products import add_products
 from quantlab.solvers.sweep import Assignment, factor_for_sweep, sweep, sweep_targets
 from quantlab_kernels import solver
 from quantlab_kernels.build import BuildError, build_library
@@ -294,6 +295,25 @@ def test_gram_is_the_sum_of_the_hessian_over_pairs_of_codes(library, levels, inp
     gram = LevelGram(hessian)(codes, levels)
     torch.testing.assert_close(gram.double(), expected, rtol=1e-5, atol=1e-6 * inputs)
     assert torch.equal(gram, gram.mT)
+
+
+@pytest.mark.parametrize(("tokens", "features"), [(1, 1), (63, 65), (300, 64), (517, 130)])
+def test_products_are_added_to_the_upper_triangle(library, tokens, features):
+    inputs, start = normal(tokens, features, seed=11), normal(features, features, seed=12)
+    sums = start.clone()
+    add_products(sums, inputs, inputs)
+    expected = start.double() + inputs.double().T @ inputs.double()
+    torch.testing.assert_close(sums.double().triu(), expected.triu(), rtol=1e-5, atol=1e-5 * tokens**0.5)
+
+
+@pytest.mark.parametrize(("tokens", "left", "right"), [(1, 1, 3), (63, 65, 7), (517, 5, 130)])
+def test_products_of_two_matrices_are_added_everywhere(library, tokens, left, right):
+    drift, inputs = normal(tokens, left, seed=11), normal(tokens, right, seed=13)
+    start = normal(left, right, seed=12)
+    sums = start.clone()
+    add_products(sums, drift, inputs)
+    expected = start.double() + drift.double().T @ inputs.double()
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5 * tokens**0.5)
 
 
 def test_a_prepared_fit_finds_the_levels_and_the_loss_of_the_refit(library):

@@ -9,6 +9,7 @@ from quantlab.solvers.codebook import CodebookFit
 from quantlab.solvers.descent import descend, relax
 from quantlab.solvers.joint import descend_jointly
 from quantlab.solvers.nearest import LutRounder
+from quantlab.solvers.products import add_products
 from quantlab.solvers.sweep import factor_for_sweep, sweep
 from quantlab_kernels import solver
 
@@ -68,6 +69,14 @@ def everything(rows):
     ]
 
 
+def products():
+    inputs, drift = normal(700, 200, seed=6), normal(700, 200, seed=7)
+    sums = torch.zeros(2, 200, 200)
+    add_products(sums[0], inputs, inputs)
+    add_products(sums[1], drift, inputs)
+    return sums
+
+
 @pytest.mark.parametrize(
     "rows",
     [slice(0, 1), slice(63, 66), slice(7, 140), torch.arange(ROWS - 1, -1, -1)],
@@ -80,7 +89,8 @@ def test_rows_do_not_depend_on_their_neighbours(rows):
 
 def test_results_do_not_depend_on_the_number_of_threads(threads):
     threads(1)
-    single = everything(slice(None))
+    single, summed = everything(slice(None)), products()
     for count in (2, 3):
         threads(count)
         assert all(torch.equal(a, b) for a, b in zip(single, everything(slice(None)), strict=True))
+        assert torch.equal(summed, products())
