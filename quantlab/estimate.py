@@ -28,6 +28,7 @@ from quantlab.plan import Plan
 from quantlab.recipe.layers import LayerMethod
 from quantlab.runtime import CodebookKind, LutLinear, ModuleSpec, storage_layout
 from quantlab.skeleton import build_skeleton, find_blocks
+from quantlab.solvers.products import add_products
 
 _PROBE_ROWS, _PROBE_COLUMNS = 256, (256, 1024)
 _PROBE_TOKENS = 512
@@ -184,10 +185,10 @@ def _measured_seconds(
     plan: Plan, config: PretrainedConfig, dtype: torch.dtype, work: Work, probes: dict[int, MethodProbe]
 ) -> dict[str, float]:
     """The expected time of each part of the work, from what this machine does in a few seconds."""
-    one = torch.randn(_PRODUCT_SIZE, _PRODUCT_SIZE)
-    one @ one
+    inputs, sums = torch.randn(_PRODUCT_SIZE, _PRODUCT_SIZE), torch.zeros(_PRODUCT_SIZE, _PRODUCT_SIZE)
+    add_products(sums, inputs, inputs)
     started = time.perf_counter()
-    one @ one
+    add_products(sums, inputs, inputs)
     product = 2 * _PRODUCT_SIZE**3 / (time.perf_counter() - started)
     return {
         "forward": FORWARD_PASSES * plan.num_blocks * plan.calibration_tokens * block_seconds(config, dtype),
@@ -235,8 +236,8 @@ def work_of(shapes: Sequence[tuple[int, ...]], tokens: int, written_bytes: float
     weights = sum(math.prod(shape) for shape in shapes)
     return Work(
         forward=FORWARD_PASSES * 2.0 * tokens * weights,
-        # A Hessian of n columns takes n additions and multiplications per token and column; layers that share an
-        # input share it, which halves the number in common architectures.
+        # In units of a full product, of which a symmetric one computes half; layers that share an input share their
+        # Hessian, which halves the number in common architectures.
         statistics=sum(2.0 * tokens * columns**2 for _, columns in shapes) / 2,
         solve=sum(float(rows) * columns**2 for rows, columns in shapes),
         written_bytes=written_bytes,
