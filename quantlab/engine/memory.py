@@ -4,7 +4,8 @@ A run goes through phases that occupy different things:
 
     recording   the weights outside the blocks, and one block
     forward     one block, the statistics of one group of layers, a batch inside the block
-    solving     one block, the same statistics, the solver's matrices, layers and rows
+    solving     one block, the same statistics, the solver's matrices, layers, and what is larger: a third matrix while
+                the Hessian is factored, or rows
     finishing   the weights outside the blocks, and the logits of one batch
 
 The peak is that of the largest phase, beside the runtime and the hidden states in memory. Models whose forward is
@@ -34,8 +35,9 @@ TOKENS_PER_BATCH = 4096
 RUNTIME_BYTES = 512 * 2**20
 """Python, torch and transformers themselves, and what the allocator does not give back."""
 
-SOLVER_MATRICES = 3
-"""Matrices of the size of the Hessian that a method holds beside it: damped, ordered, and factored."""
+SOLVER_MATRICES = 2
+"""Matrices of the size of the Hessian that a method holds beside it: its copy in order, and the factor. While the factor
+is made there is a third one, but nothing yet of the rows."""
 
 SOLVER_ROW_COPIES = 4
 """Float32 copies of the rows being solved: weights, rounded values, errors, codes, and those of the checks."""
@@ -91,7 +93,7 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         """What is expected to be occupied in the largest phase."""
         parts = self.parts
-        solving = parts["solver"] + parts["layers"] + parts["rows"]
+        solving = parts["solver"] + parts["layers"] + max(parts["factoring"], parts["rows"])
         inside = _beside_block(parts["block"]) + parts["statistics"] + parts["experts"] + max(parts["batch"], solving)
         largest = max(
             parts["outside"] + parts["block"],
@@ -160,6 +162,7 @@ class _Solving:
     Attributes:
         statistics: of the input.
         solver: matrices that the method holds beside the Hessian.
+        factoring: one more, while the factor is made.
         layers: what exists of the layers however their rows are cut.
         rows: what solving all their rows at once occupies.
         row: what solving one row occupies.
@@ -167,13 +170,14 @@ class _Solving:
 
     statistics: int
     solver: int
+    factoring: int
     layers: int
     rows: int
     row: int
 
     @property
     def fixed(self) -> int:
-        return self.statistics + self.solver + self.layers
+        return self.statistics + self.solver + self.factoring + self.layers
 
     def rows_within(self, room: int) -> int | None:
         """The rows to solve at a time so that, with their reserve, they fit beside the rest; None for all."""
@@ -249,7 +253,8 @@ def plan_memory(
         room = 0 if options.activations == "disk" else needed + min(inside - largest, spare - outside)
 
     def occupied(group: _Solving) -> int:
-        return max(group.fixed + group.rows_of(max_rows), group.statistics + batch["batch"])
+        solving = group.solver + group.layers + max(group.factoring, group.rows_of(max_rows))
+        return group.statistics + max(solving, batch["batch"])
 
     parts = _parts_of(max(groups, key=occupied), max_rows)
     return MemoryPlan(
@@ -291,9 +296,11 @@ def _batch_bytes(sizes: ModelSizes, tokens: int) -> int:
 def _solving(sizes: ModelSizes, columns: int, statistics: StatisticsOptions, calibrated: bool, copies: int) -> _Solving:
     elements = sizes.stack_elements(columns)
     num_layers = LAYERS_PER_HIDDEN_STATE if columns == sizes.hidden_size else 1
+    matrix = 4 * columns**2 if calibrated else 0
     return _Solving(
         statistics=copies * statistics_bytes(columns, num_layers, statistics),
-        solver=SOLVER_MATRICES * 4 * columns**2 if calibrated else 0,
+        solver=SOLVER_MATRICES * matrix,
+        factoring=matrix,
         layers=LAYER_BYTES * elements,
         rows=SOLVER_ROW_COPIES * 4 * elements,
         row=SOLVER_ROW_COPIES * 4 * columns,
@@ -304,6 +311,7 @@ def _parts_of(group: _Solving, max_rows: int | None) -> dict[str, int]:
     return {
         "statistics": group.statistics,
         "solver": group.solver,
+        "factoring": group.factoring,
         "layers": group.layers,
         "rows": group.rows_of(max_rows),
     }

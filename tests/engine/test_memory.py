@@ -86,8 +86,11 @@ def test_a_second_chain_and_saliency_are_counted():
 
 def test_the_peak_is_that_of_the_largest_phase():
     parts = plan(64).parts
-    solving = 1.5 * parts["block"] + parts["statistics"] + parts["solver"] + parts["layers"] + parts["rows"]
-    assert plan(64).peak_bytes == parts["runtime"] + parts["hidden states"] + solving
+    inside = 1.5 * parts["block"] + parts["statistics"] + parts["solver"] + parts["layers"]
+    assert parts["rows"] > parts["factoring"]
+    assert plan(64).peak_bytes == parts["runtime"] + parts["hidden states"] + inside + parts["rows"]
+    cut = plan(64, units=64)
+    assert cut.peak_bytes == plan(64).peak_bytes - parts["rows"] + parts["factoring"]
     wide = dataclasses.replace(SEVEN, outside_bytes=8 * GIB)
     assert plan(64, sizes=wide).peak_bytes == 8 * GIB + sum(
         parts[name] for name in ("runtime", "hidden states", "block")
@@ -109,7 +112,7 @@ def test_weights_outside_the_blocks_that_stay_are_counted_while_solving():
 def test_a_method_without_statistics_needs_no_matrices_beside_the_hessian():
     engine = EngineOptions()
     memory = plan_memory(SEVEN, SAMPLES, LENGTH, engine, StatisticsOptions(), calibrated=False)
-    assert memory.parts["solver"] == 0
+    assert memory.parts["solver"] == memory.parts["factoring"] == 0
     assert memory.statistics_bytes == plan().statistics_bytes
     assert memory.peak_bytes < plan().peak_bytes
 
