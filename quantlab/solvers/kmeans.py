@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from quantlab_kernels import solver
 
-_CHUNK_ELEMENTS = 1 << 22  # sorted values, weights and prefix sums are float64: about 180 MB of working memory
+_CHUNK_ELEMENTS = 1 << 20  # sorted values, weights, prefix sums and their indices: about 80 bytes each
 _CAP_ROUNDS = 8
 _CHUNK_ELEMENTS_IN_CELLS = 1 << 17  # a histogram is made in a core's cache
 _VALUES_PER_CELL = 4
