@@ -97,6 +97,7 @@ def _descend_natively(
                 "a mean of x xᵀ: check the calibration statistics"
             )
         gained = solver.descend_in_blocks(weight, codes, error, hessian, factors, tables)
+        del factors  # before the next ones are made
         loss = None if loss is None else loss + gained
     return Assignment(codes=codes, error=error, loss=loss)
 
