@@ -17,7 +17,6 @@ constexpr int PARTS = 4;
 constexpr int64_t PANEL = PARTS * WIDTH;  // columns of U in a panel
 constexpr int64_t PANEL_ROWS = 192;       // rows of U whose panel, at most 48 KiB, stays near the core; a multiple of PANEL
 constexpr int64_t UNIT = 2;               // floats, so that processors can scale a stored place as they read it
-constexpr int64_t STEP = 4;               // rows that are added at a time
 constexpr int64_t MAX_GROUP = 64;         // output rows that share a panel
 constexpr int64_t GROUP_FLOATS = 1 << 15;
 
@@ -92,15 +91,7 @@ template <bool FIRST>
 inline void add_rows(const float* panel, const uint16_t* begin, const uint16_t* end, float* sums) {
     Floats total[PARTS];
     for (int part = 0; part < PARTS; ++part) total[part] = FIRST ? Floats{} : load(sums + part * WIDTH);
-    const uint16_t* j = begin;
-    for (; j + STEP <= end; j += STEP) {
-        const float* rows[STEP];
-        for (int i = 0; i < STEP; ++i) rows[i] = panel + j[i] * UNIT;
-        for (int part = 0; part < PARTS; ++part)
-            total[part] += (load(rows[0] + part * WIDTH) + load(rows[1] + part * WIDTH)) +
-                           (load(rows[2] + part * WIDTH) + load(rows[3] + part * WIDTH));
-    }
-    for (; j < end; ++j)
+    for (const uint16_t* j = begin; j < end; ++j)
         for (int part = 0; part < PARTS; ++part) total[part] += load(panel + *j * UNIT + part * WIDTH);
     for (int part = 0; part < PARTS; ++part) store(sums + part * WIDTH, total[part]);
 }
