@@ -122,6 +122,7 @@ inline void accumulate(const float* const* rows, int64_t count, const float* til
         const int64_t to = std::min(from + CHUNK, end);
         int64_t r = 0;
         for (; r + ROWS <= count; r += ROWS) accumulate_rows<ROWS>(rows + r, tile, from, to, sums + r * LANES);
+        for (; r + 4 <= count; r += 4) accumulate_rows<4>(rows + r, tile, from, to, sums + r * LANES);
         for (; r + 2 <= count; r += 2) accumulate_rows<2>(rows + r, tile, from, to, sums + r * LANES);
         if (r < count) accumulate_rows<1>(rows + r, tile, from, to, sums + r * LANES);
     }
