@@ -71,16 +71,18 @@ class SweepProblem:
         if self._cuda is not None:
             return self._cuda.targets(books)
         targets = torch.empty(self.shape)
-        self._run(books, torch.empty(self.shape), targets)
+        self._run(books, None, targets)
         return targets
 
-    def _run(self, books: TiledCodebooks, error: Tensor, targets: Tensor | None) -> None:
-        threads = torch.get_num_threads()
-        scratch = torch.empty(threads, self.shape[1], LANES)
-        _library().solver_sweep(
+    def _run(self, books: TiledCodebooks, error: Tensor | None, targets: Tensor | None) -> None:
+        threads, library = torch.get_num_threads(), _library()
+        scratch = torch.empty(threads * library.solver_sweep_scratch(self.shape[1]), dtype=torch.uint8)
+        library.solver_sweep(
             self._operands,
             books.operands(),
-            *_pointers(self.codes, error, self.loss),
+            self.codes.data_ptr(),
+            None if error is None else error.data_ptr(),
+            self.loss.data_ptr(),
             None if targets is None else targets.data_ptr(),
             scratch.data_ptr(),
             threads,

@@ -116,6 +116,7 @@ def declare(library: ctypes.CDLL) -> None:
     blocks, books = POINTER(BlockOperands), POINTER(CodebookOperands)
     pointer, count, threads = c_void_p, c_int64, c_int
     arguments: dict[str, tuple[object, ...]] = {
+        "solver_sweep_scratch": (count,),
         "solver_sweep": (sweep, books, *(pointer,) * 5, threads),
         "solver_load_tiles": (sweep, pointer, threads),
         "solver_block_targets": (sweep, count, count, pointer, pointer, threads),
@@ -152,6 +153,7 @@ def declare(library: ctypes.CDLL) -> None:
 
 _COUNTS = frozenset(
     {
+        "solver_sweep_scratch",
         "solver_descent_scratch",
         "solver_factor_blocks",
         "solver_blocks_scratch",

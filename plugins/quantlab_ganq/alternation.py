@@ -135,13 +135,19 @@ def best_of(candidates: Iterable[Candidate], keep: Keep, losses: list[Tensor] | 
         better = candidate.loss < best.loss
         if keep == "layer":
             better = (candidate.loss.sum() < best.loss.sum()).expand_as(better)
-        fitted = Codebooks(
-            levels=torch.where(better[:, None], candidate.fitted.levels, best.fitted.levels),
-            codes=torch.where(better[:, None], candidate.fitted.codes, best.fitted.codes),
-        )
-        best = Candidate(fitted=fitted, loss=torch.where(better, candidate.loss, best.loss))
+        best = _with_rows_of(best, candidate, better.nonzero().squeeze(1))
         losses.append(best.loss)
     return best
+
+
+def _with_rows_of(best: Candidate, other: Candidate, rows: Tensor) -> Candidate:
+    def mixed(kept: Tensor, taken: Tensor) -> Tensor:
+        return kept.index_copy(0, rows, taken[rows])
+
+    fitted = Codebooks(
+        levels=mixed(best.fitted.levels, other.fitted.levels), codes=mixed(best.fitted.codes, other.fitted.codes)
+    )
+    return Candidate(fitted=fitted, loss=mixed(best.loss, other.loss))
 
 
 def _as_stored(levels: Tensor) -> Tensor:

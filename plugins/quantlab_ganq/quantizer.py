@@ -228,8 +228,9 @@ class GanqQuantizer:
             for candidate in layer.iterate(table, 1, self.block_passes)
         ]
         yield from screened
-        best = best_of(screened, self.keep)
-        yield from layer.iterate(best.fitted.levels, self.iterations - 1, self.block_passes)
+        table = best_of(screened, self.keep).fitted.levels
+        screened.clear()  # for their memory
+        yield from layer.iterate(table, self.iterations - 1, self.block_passes)
 
     def _table(self, layer: Alternation, levels: int) -> Tensor:
         if self.start == "published":

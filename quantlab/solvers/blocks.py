@@ -97,6 +97,7 @@ def _descend_natively(
                 "a mean of x xᵀ: check the calibration statistics"
             )
         gained = solver.descend_in_blocks(weight, codes, error, hessian, factors, tables)
+        del factors  # before the next ones are made
         loss = None if loss is None else loss + gained
     return Assignment(codes=codes, error=error, loss=loss)
 
@@ -104,8 +105,9 @@ def _descend_natively(
 def _draw(columns: Tensor, size: int, generator: torch.Generator, *, flipped: bool = False) -> Tensor:
     """Random blocks one after the other, each in the order in which its inputs are quantized, or in the reverse."""
     drawn = torch.randperm(len(columns), generator=generator)
-    # On the CPU: on another device, every block would be a launch.
-    places = torch.cat([part.sort(descending=flipped).values for part in drawn.split(size)])
+    whole = len(columns) // size * size
+    blocks = drawn[:whole].view(-1, size).sort(dim=1, descending=flipped).values
+    places = torch.cat([blocks.flatten(), drawn[whole:].sort(descending=flipped).values])
     return columns[places.to(columns.device)]
 
 

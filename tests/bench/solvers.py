@@ -3,16 +3,18 @@
 For every layer three kinds of rows: the stages that methods are made of, one float32 product of the layer's size as the
 unit of time, and whole methods beside the textbook implementation of GANQ (`tests/oracles/textbook_ganq.py`). GANQ and
 the textbook are compared with the same Hessian, first tables and number of iterations, which is small for large layers.
+For these, a second ratio compares GANQ's ten iterations with as many of the textbook, whose further iterations take the
+time of its first ones: it is marked as extrapolated. Tables come at the end, and the last one holds the targets.
 """
 
 import argparse
 import ctypes
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,14 +44,17 @@ DAMPING = 0.01
 PAPER = GanqQuantizer.info.presets["paper"]
 KMEANS_ITERATIONS, KMEANS_CELLS = 50, 256
 MOST_FACTORS = 1024
-REPEATED = 1 << 22  # weights up to which whole methods are repeated, and memory is measured in a run of its own
+REPEATED = 1 << 22  # weights up to which time is measured in runs of its own
 MMAP_THRESHOLD, SMALL_BUFFER, LARGE_BUFFER = -3, 1 << 17, 1 << 25  # M_MMAP_THRESHOLD of malloc.h, and bytes
 LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measurement; memory is what the peak was above the level before, loss None for what has none."""
+    """One measurement; memory is what the peak was above the level before, loss None for what has none.
+
+    `fixed_seconds` is the part of the textbook's time that does not grow with its iterations.
+    """
 
     shape: str
     bits: int
@@ -59,6 +64,7 @@ class Row:
     products: float
     peak_bytes: int | None
     loss: float | None
+    fixed_seconds: float | None = None
 
 
 def synthetic_layer(out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
@@ -84,10 +90,11 @@ class Bench:
         hessian: (in_features, in_features).
         bits: code width.
         repeat: every stage is run so many times, and the fastest run counts.
+        warm: everything is run once before, so that memory that the process keeps does not count as its peak.
     """
 
-    def __init__(self, weight: Tensor, hessian: Tensor, bits: int, repeat: int) -> None:
-        self.weight, self.hessian, self.bits, self.repeat = weight, hessian, bits, repeat
+    def __init__(self, weight: Tensor, hessian: Tensor, bits: int, repeat: int, *, warm: bool) -> None:
+        self.weight, self.hessian, self.bits, self.repeat, self.warm = weight, hessian, bits, repeat, warm
         self.problem = LayerProblem(
             name="layer",
             weight=weight,
@@ -100,12 +107,11 @@ class Bench:
         self, what: str, run: Callable[[], Tensor | None], *, iterations: int | None = None, repeat: int = 1
     ) -> Row:
         """Run something that returns a dequantized weight, or None."""
-        small = self.weight.numel() <= REPEATED
-        # Buffers that are returned at once are slower, and a first run takes memory that the process keeps.
-        times = [timed(run)[1] for _ in range(repeat if small else 0)]
-        with freed_memory_returned():
-            found, seconds, peak = timed(run)
-        seconds = min(times, default=seconds)
+        if self.warm:
+            run()
+        runs = [timed(run) for _ in range(repeat)]
+        found, peak = runs[0][0], runs[0][2]
+        seconds = min(seconds for _, seconds, _ in runs)
         loss = None if found is None else layer_loss(self.weight, found, self.hessian).sum().item()
         return Row(
             shape="x".join(map(str, self.weight.shape)),
@@ -152,7 +158,8 @@ class Bench:
         paper, best, quantease = GanqQuantizer(**PAPER), GanqQuantizer(), QuanteaseQuantizer()
         repeat = self.repeat if self.weight.numel() <= REPEATED else 1
         if "textbook" in chosen:
-            yield self.row("textbook GANQ", textbook, iterations=textbook_iterations)
+            fixed = timed(self.first_tables)[1] + timed(lambda: torch.linalg.cholesky(self.damped()))[1]
+            yield replace(self.row("textbook GANQ", textbook, iterations=textbook_iterations), fixed_seconds=fixed)
             yield self.row("ganq, paper", self.solved_by(same), iterations=textbook_iterations, repeat=repeat)
         if "paper" in chosen and not ("textbook" in chosen and paper == same):
             yield self.row("ganq, paper", self.solved_by(paper), iterations=paper.iterations, repeat=repeat)
@@ -166,6 +173,10 @@ class Bench:
     def first_tables(self) -> Tensor:
         """The tables that the paper preset starts with: (out_features, levels)."""
         return kmeans_levels(self.weight, 1 << self.bits, KMEANS_ITERATIONS, cells=KMEANS_CELLS)
+
+    def damped(self) -> Tensor:
+        """What the textbook factors."""
+        return self.hessian.double() + DAMPING * self.hessian.diagonal().double().mean() * torch.eye(len(self.hessian))
 
     def block_pass(self, start: Assignment, tables: Tensor, order: Tensor) -> Assignment:
         """One pass of block descent."""
@@ -194,14 +205,14 @@ def timed(run: Callable[[], Tensor | None]) -> tuple[Tensor | None, float, int |
     return result, seconds, None if before is None else memory("VmHWM") - before
 
 
-@contextmanager
-def freed_memory_returned() -> Iterator[None]:
-    """Let the allocator give freed buffers back at once, so that the peak is what is in use and not what it keeps."""
+def set_mmap_threshold(size: int) -> None:
+    """Let the allocator give buffers of this size back as soon as they are freed (glibc).
+
+    Small, and the peak is what is in use and not what the allocator keeps; large, and programs are faster. Once freed
+    buffers have been kept, later ones come from them whatever the threshold is: so memory has to be measured first.
+    """
     if hasattr(LIBC, "mallopt"):
-        LIBC.mallopt(MMAP_THRESHOLD, SMALL_BUFFER)
-    yield
-    if hasattr(LIBC, "mallopt"):
-        LIBC.mallopt(MMAP_THRESHOLD, LARGE_BUFFER)
+        LIBC.mallopt(MMAP_THRESHOLD, size)
 
 
 def restart_peak() -> int | None:
@@ -227,29 +238,89 @@ def few_iterations(in_features: int) -> int:
     return next(count for limit, count in ((1024, 10), (2048, 5), (4096, 2), (sys.maxsize, 1)) if in_features <= limit)
 
 
-def render(rows: list[Row], weight_bytes: int, title: str) -> Table:
+def render(rows: list[Row], title: str) -> Table:
     """The rows of one layer and code width."""
     table = Table(title=title)
     for column in ("", "iterations", "seconds", "products", "x textbook", "peak / weight", "loss", "/ textbook"):
         table.add_column(column, justify="left" if not column else "right")
-    textbook = next((row for row in rows if row.what == "textbook GANQ"), None)
+    textbook = find(rows, "textbook GANQ")
     for row in rows:
-        comparable = (
-            textbook is not None
-            and row.what in ("textbook GANQ", "ganq, paper")
-            and row.iterations == textbook.iterations
-        )
+        ratio = speedup(rows, row)
         table.add_row(
             row.what,
             str(row.iterations or ""),
             f"{row.seconds:.3f}",
             f"{row.products:.2f}",
-            f"{textbook.seconds / row.seconds:.1f}" if comparable and textbook else "",
-            "" if row.peak_bytes is None else f"{row.peak_bytes / weight_bytes:.2f}",
+            ratio,
+            "" if row.peak_bytes is None else f"{row.peak_bytes / weight_bytes(row):.2f}",
             "" if row.loss is None else f"{row.loss:.5g}",
             f"{row.loss / textbook.loss:.4f}" if textbook and textbook.loss and row.loss else "",
         )
     return table
+
+
+def find(rows: list[Row], what: str, iterations: int | None = None) -> Row | None:
+    """The row of a method, with so many iterations if they are given."""
+    return next((row for row in rows if row.what == what and iterations in (None, row.iterations)), None)
+
+
+def speedup(rows: list[Row], row: Row) -> str:
+    """How many times faster than the textbook; in brackets if its time for so many iterations is extrapolated."""
+    textbook = find(rows, "textbook GANQ")
+    if textbook is None or row.what not in ("textbook GANQ", "ganq, paper"):
+        return ""
+    assert textbook.iterations
+    assert row.iterations
+    assert textbook.fixed_seconds is not None
+    if row.iterations == textbook.iterations:
+        return f"{textbook.seconds / row.seconds:.1f}"
+    each = (textbook.seconds - textbook.fixed_seconds) / textbook.iterations
+    return f"({(textbook.fixed_seconds + row.iterations * each) / row.seconds:.1f})"
+
+
+def weight_count(shape: str) -> int:
+    """How many weights a layer has."""
+    return math.prod(map(int, shape.split("x")))
+
+
+def weight_bytes(row: Row) -> int:
+    """The size of the layer's float32 weight."""
+    return 4 * weight_count(row.shape)
+
+
+def targets(rows: list[Row]) -> list[str]:
+    """The lines of a Markdown table: every layer and code width against the targets of SOLVERS.md."""
+    lines = [
+        "| layer | bits | paper, x textbook (at least 15) | loss / textbook (at most 1.0005) | products per iteration "
+        "(at most 2) | peak, paper (at most 4) | peak, best (at most 4) | best / paper, time (at most 4) |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for shape, bits in dict.fromkeys((row.shape, row.bits) for row in rows):
+        own = [row for row in rows if (row.shape, row.bits) == (shape, bits)]
+        textbook, best = find(own, "textbook GANQ"), find(own, "ganq, best")
+        iteration = find(own, "one iteration of GANQ")
+        same = find(own, "ganq, paper", textbook.iterations) if textbook else None
+        paper = find(own, "ganq, paper", GanqQuantizer(**PAPER).iterations)
+        compared = dict.fromkeys(row for row in (same, paper) if row and textbook)
+        ratios = [f"{speedup(own, row)}, {row.iterations} iterations" for row in compared]
+        peaks = [f"{row.peak_bytes / weight_bytes(row):.1f}" if row and row.peak_bytes else "" for row in (paper, best)]
+        cells = [
+            "; ".join(ratios),
+            f"{same.loss / textbook.loss:.4f}" if same and same.loss and textbook and textbook.loss else "",
+            f"{iteration.products:.1f}" if iteration else "",
+            *peaks,
+            f"{best.seconds / paper.seconds:.1f}" if best and paper else "",
+        ]
+        lines.append("| " + " | ".join([shape, str(bits), *cells]) + " |")
+    return lines
+
+
+def measure(options: argparse.Namespace, shape: str, bits: int, *, repeat: int, warm: bool) -> list[Row]:
+    """All rows of one layer and code width."""
+    out_features, in_features = map(int, shape.split("x"))
+    bench = Bench(*synthetic_layer(out_features, in_features), bits, repeat, warm=warm)
+    rows = [] if options.no_stages else list(bench.stages())
+    return rows + list(bench.methods(options.methods, options.textbook_iterations or few_iterations(in_features)))
 
 
 def main() -> None:
@@ -266,21 +337,28 @@ def main() -> None:
     options = parser.parse_args()
     if options.cpu_time:
         torch.set_num_threads(1)
-    console, everything = Console(width=110), []
-    for shape in options.shapes:
-        out_features, in_features = map(int, shape.split("x"))
-        weight, hessian = synthetic_layer(out_features, in_features)
-        for bits in options.bits:
-            bench = Bench(weight, hessian, bits, options.repeat)
-            iterations = options.textbook_iterations or few_iterations(in_features)
-            rows = [] if options.no_stages else list(bench.stages())
-            rows += bench.methods(options.methods, iterations)
-            console.print(render(rows, 4 * weight.numel(), f"{shape} (out x in), {bits} bits"))
-            everything += rows
+    console, everything = Console(width=110), {}
+    layers = [(shape, bits) for shape in options.shapes for bits in options.bits]
+    small = [layer for layer in layers if weight_count(layer[0]) <= REPEATED]
+    set_mmap_threshold(SMALL_BUFFER)
+    for layer in layers:
+        console.print(f"{layer[0]}, {layer[1]} bits: memory" + ("" if layer in small else " and time"))
+        everything[layer] = measure(options, *layer, repeat=1, warm=layer in small)
+    set_mmap_threshold(LARGE_BUFFER)
+    for layer in small:
+        console.print(f"{layer[0]}, {layer[1]} bits: time")
+        times = measure(options, *layer, repeat=options.repeat, warm=False)
+        everything[layer] = [
+            replace(time, peak_bytes=row.peak_bytes) for row, time in zip(everything[layer], times, strict=True)
+        ]
+    for (shape, bits), rows in everything.items():
+        console.print(render(rows, f"{shape} (out x in), {bits} bits"))
+    rows = [row for found in everything.values() for row in found]
+    print(*targets(rows), sep="\n")
     environment = {"threads": torch.get_num_threads(), "torch": torch.__version__, "kernels": status()}
     console.print(environment)
     if options.json:
-        options.json.write_text(json.dumps({**environment, "rows": [asdict(row) for row in everything]}, indent=1))
+        options.json.write_text(json.dumps({**environment, "rows": [asdict(row) for row in rows]}, indent=1))
 
 
 if __name__ == "__main__":

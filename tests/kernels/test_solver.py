@@ -316,6 +316,17 @@ def test_products_of_two_matrices_are_added_everywhere(library, tokens, left, ri
     torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5 * tokens**0.5)
 
 
+@pytest.mark.parametrize("levels", [8, 16])
+def test_the_gram_of_a_level_without_live_inputs_has_an_exact_zero_on_its_diagonal(library, levels):
+    _, hessian = problem(1, 300, dead=120)
+    codes = (torch.arange(300) % (levels - 2) + 1).to(torch.uint8)
+    codes[:120] = 0  # the most frequent code; the last level has no input at all
+    gram = LevelGram(hessian)(codes.expand(70, 300), levels)
+    energy = gram.diagonal(dim1=1, dim2=2)
+    assert (energy[:, [0, levels - 1]] == 0).all()
+    assert (energy[:, 1 : levels - 1] > 0).all()
+
+
 def test_a_prepared_fit_finds_the_levels_and_the_loss_of_the_refit(library):
     weight, hessian = problem(70, 60)
     _, rounder = books("table", weight, 8)

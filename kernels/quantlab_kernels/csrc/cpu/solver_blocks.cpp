@@ -211,8 +211,8 @@ SOLVER_API void solver_descend_in_blocks(const Blocks* blocks, const Codebooks* 
         const Rounder round(*books, t);
         for (int64_t first = 0; first < blocks->visited; first += blocks->size)
             visit_block(*blocks, round, first, tile, total);
-        store_tile(tile.error, rows, nullptr, 0, inputs, error);
-        store_tile(tile.codes, rows, nullptr, 0, inputs, codes);
+        store_tile(tile.error, rows, nullptr, error);
+        store_tile(tile.codes, rows, nullptr, codes);
         for (int64_t lane = 0; lane < rows.count; ++lane) gained[rows.first + lane] += total[lane];
     }
 }

@@ -106,22 +106,22 @@ void descend_tile(const Descent& descent, const Codebooks* books, int64_t index,
         for (int64_t start = 0; start < descent.inputs; start += BLOCK)
             visit_block(descent, &round, start, std::min(start + BLOCK, descent.inputs), tile);
     }
-    store_tile(tile.error, rows, nullptr, 0, descent.inputs, error);
-    if (descent.mode != RELAX) store_tile(tile.codes, rows, nullptr, 0, descent.inputs, codes);
+    store_tile(tile.error, rows, nullptr, error);
+    if (descent.mode != RELAX) store_tile(tile.codes, rows, nullptr, codes);
     std::copy(gains, gains + rows.count, gain + rows.first);
 }
 
 void multiply_tile(const float* matrix, const float* hessian, TileRows rows, float* tile, float* product) {
-    alignas(ALIGNMENT) float sums[BLOCK * LANES];
     const float* factors[BLOCK];
+    float* sums = tile + rows.inputs * LANES;
     load_tile(matrix, rows, nullptr, tile);
+    std::memset(sums, 0, rows.inputs * LANES * sizeof(float));
     for (int64_t start = 0; start < rows.inputs; start += BLOCK) {
         const int64_t count = std::min(BLOCK, rows.inputs - start);
-        std::memset(sums, 0, sizeof sums);
         for (int64_t i = 0; i < count; ++i) factors[i] = hessian + (start + i) * rows.inputs;
-        accumulate(factors, count, tile, 0, rows.inputs, sums);
-        store_tile(sums, rows, nullptr, 0, count, product + start);
+        accumulate(factors, count, tile, 0, rows.inputs, sums + start * LANES);
     }
+    store_tile(sums, rows, nullptr, product);
 }
 
 // total[lane] += the terms of e H e^T that belong to COUNT inputs from `first`: twice the coupling to all inputs before
@@ -158,9 +158,7 @@ void measure_inputs(const double* tile, const float* hessian, int64_t inputs, in
 
 void measure_tile(const float* error, const float* hessian, TileRows rows, double* tile, double* loss) {
     alignas(ALIGNMENT) double total[LANES] = {};
-    for (int64_t lane = 0; lane < LANES; ++lane)
-        for (int64_t j = 0; j < rows.inputs; ++j)
-            tile[j * LANES + lane] = lane < rows.count ? error[(rows.first + lane) * rows.inputs + j] : 0.0;
+    load_tile(error, rows, nullptr, tile);
     int64_t first = 0;
     for (; first + ROWS <= rows.inputs; first += ROWS) measure_inputs<ROWS>(tile, hessian, rows.inputs, first, total);
     for (; first < rows.inputs; ++first) measure_inputs<1>(tile, hessian, rows.inputs, first, total);

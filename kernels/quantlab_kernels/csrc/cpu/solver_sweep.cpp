@@ -2,6 +2,7 @@
 #include <omp.h>
 
 #include <cstring>
+#include <vector>
 
 #include "solver_rounding.h"
 
@@ -51,22 +52,34 @@ void round_block(const Sweep& sweep, const Rounder& round, int64_t start, int64_
     for (int64_t lane = 0; lane < LANES; ++lane) loss[lane] += total[lane];
 }
 
-void sweep_tile(const Sweep& sweep, const Codebooks& books, int64_t tile_index, float* tile, uint8_t* codes,
-                float* error, double* loss, float* all_targets) {
-    const TileRows rows(tile_index, sweep.rows, sweep.inputs);
-    const Rounder round(books, tile_index);
-    alignas(ALIGNMENT) float targets[BLOCK * LANES];
-    alignas(ALIGNMENT) uint8_t chosen[BLOCK * LANES];
+// Input -> position in the factor.
+std::vector<int64_t> places_of(const Sweep& sweep) {
+    std::vector<int64_t> places(sweep.inputs);
+    for (int64_t p = 0; p < sweep.inputs; ++p) places[sweep.columns[p]] = p;
+    return places;
+}
+
+constexpr int64_t TILE_BYTES_PER_INPUT = LANES * (2 * sizeof(float) + 1);
+
+void sweep_tile(const Sweep& sweep, const int64_t* places, const Codebooks& books, int64_t index, char* scratch,
+                uint8_t* codes, float* error, double* loss, float* targets) {
+    const TileRows rows(index, sweep.rows, sweep.inputs);
+    const Rounder round(books, index);
+    float* tile = reinterpret_cast<float*>(scratch);
+    float* rounded = tile + sweep.inputs * LANES;
+    uint8_t* chosen = reinterpret_cast<uint8_t*>(rounded + sweep.inputs * LANES);
+    alignas(ALIGNMENT) float block[BLOCK * LANES];
     double total[LANES] = {};
-    load_tile(sweep.weight, rows, sweep.columns, tile);
+    load_tile(sweep.weight, rows, places, tile);
     for (int64_t end = sweep.inputs; end > 0; end -= BLOCK) {
         const int64_t start = std::max<int64_t>(0, end - BLOCK);
-        block_targets(sweep, tile, start, end, targets);
-        round_block(sweep, round, start, end, targets, tile, chosen, total);
-        store_tile(chosen, rows, sweep.columns + start, 0, end - start, codes);
-        if (all_targets != nullptr) store_tile(targets, rows, sweep.columns + start, 0, end - start, all_targets);
+        float* own = targets == nullptr ? block : rounded + start * LANES;
+        block_targets(sweep, tile, start, end, own);
+        round_block(sweep, round, start, end, own, tile, chosen + start * LANES, total);
     }
-    store_tile(tile, rows, sweep.columns, 0, sweep.inputs, error);
+    store_tile(chosen, rows, places, codes);
+    if (error != nullptr) store_tile(tile, rows, places, error);
+    if (targets != nullptr) store_tile(rounded, rows, places, targets);
     std::copy(total, total + rows.count, loss + rows.first);
 }
 
@@ -75,23 +88,28 @@ void sweep_tile(const Sweep& sweep, const Codebooks& books, int64_t tile_index, 
 
 using namespace solver;
 
-// `targets` (rows, inputs) may be null; `scratch` holds inputs * LANES floats for each thread.
+// Bytes of scratch memory for each thread of `solver_sweep`.
+SOLVER_API int64_t solver_sweep_scratch(int64_t inputs) { return inputs * TILE_BYTES_PER_INPUT; }
+
+// `error` and `targets` (rows, inputs) may be null.
 SOLVER_API void solver_sweep(
     const Sweep* sweep, const Codebooks* books, uint8_t* codes, float* error, double* loss, float* targets,
-    float* scratch, int threads) {
+    char* scratch, int threads) {
+    const std::vector<int64_t> places = places_of(*sweep);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t t = 0; t < tile_count(sweep->rows); ++t)
-        sweep_tile(*sweep, *books, t, scratch + omp_get_thread_num() * sweep->inputs * LANES, codes, error, loss,
-                   targets);
+        sweep_tile(*sweep, places.data(), *books, t,
+                   scratch + omp_get_thread_num() * solver_sweep_scratch(sweep->inputs), codes, error, loss, targets);
 }
 
 // The same step by step, for callers that choose the codebook of a block when the sweep arrives there. `tiles` holds
 // inputs * LANES floats for each tile, `targets` (end - start) * LANES.
 
 SOLVER_API void solver_load_tiles(const Sweep* sweep, float* tiles, int threads) {
+    const std::vector<int64_t> places = places_of(*sweep);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t t = 0; t < tile_count(sweep->rows); ++t)
-        load_tile(sweep->weight, TileRows(t, sweep->rows, sweep->inputs), sweep->columns,
+        load_tile(sweep->weight, TileRows(t, sweep->rows, sweep->inputs), places.data(),
                   tiles + t * sweep->inputs * LANES);
 }
 
@@ -112,14 +130,17 @@ SOLVER_API void solver_round_block(const Sweep* sweep, const Codebooks* books, i
         double total[LANES] = {};
         round_block(*sweep, Rounder(*books, t), start, end, targets + block, tiles + t * sweep->inputs * LANES,
                     chosen + block, total);
-        store_tile(chosen + block, rows, sweep->columns + start, 0, end - start, codes);
+        for (int64_t lane = 0; lane < rows.count; ++lane)
+            for (int64_t p = start; p < end; ++p)
+                codes[(rows.first + lane) * sweep->inputs + sweep->columns[p]] =
+                    chosen[block + (p - start) * LANES + lane];
         for (int64_t lane = 0; lane < rows.count; ++lane) loss[rows.first + lane] += total[lane];
     }
 }
 
 SOLVER_API void solver_store_tiles(const Sweep* sweep, const float* tiles, float* error, int threads) {
+    const std::vector<int64_t> places = places_of(*sweep);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t t = 0; t < tile_count(sweep->rows); ++t)
-        store_tile(tiles + t * sweep->inputs * LANES, TileRows(t, sweep->rows, sweep->inputs), sweep->columns, 0,
-                   sweep->inputs, error);
+        store_tile(tiles + t * sweep->inputs * LANES, TileRows(t, sweep->rows, sweep->inputs), places.data(), error);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "solver_vector.h"
 
@@ -22,28 +23,74 @@ struct TileRows {
         : first(tile * LANES), count(std::min<int64_t>(LANES, rows - tile * LANES)), inputs(inputs_) {}
 };
 
-// tile[p][lane] = matrix[row of lane][order[p]]; lanes without a row are 0. Without an order, p itself.
 template <typename T>
-void load_tile(const T* matrix, TileRows rows, const int64_t* order, T* tile) {
-    constexpr int64_t NEAR = 16;  // rows at a time, so that their cache lines last until they are used up
-    for (int64_t begin = 0; begin < LANES; begin += NEAR) {
-        const int64_t end = std::min(begin + NEAR, rows.count);
-        const T* source = matrix + (rows.first + begin) * rows.inputs;
-        for (int64_t p = 0; p < rows.inputs; ++p) {
-            const int64_t input = order == nullptr ? p : order[p];
-            T* target = tile + p * LANES + begin;
-            for (int64_t lane = begin; lane < begin + NEAR; ++lane, ++target)
-                *target = lane < end ? source[(lane - begin) * rows.inputs + input] : T(0);
+constexpr int SIDE = sizeof(T) == 1 ? 16 : WIDTH;  // of the squares that are transposed at a time
+
+template <typename T>
+using Side __attribute__((vector_size(SIDE<T> * sizeof(T)), may_alias)) = T;
+
+// Rows of a square become its columns: each round interleaves the first half of the rows with the second.
+template <typename T>
+inline void transpose(Side<T>* rows) {
+    using Places = decltype(rows[0] < rows[0]);
+    Places low, high;
+    for (int i = 0; i < SIDE<T>; ++i) {
+        low[i] = i / 2 + i % 2 * SIDE<T>;
+        high[i] = low[i] + SIDE<T> / 2;
+    }
+    for (int round = 1; round < SIDE<T>; round *= 2) {
+        Side<T> mixed[SIDE<T>];
+        for (int i = 0; i < SIDE<T> / 2; ++i) {
+            mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + SIDE<T> / 2], low);
+            mixed[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + SIDE<T> / 2], high);
         }
+        for (int i = 0; i < SIDE<T>; ++i) rows[i] = mixed[i];
     }
 }
 
-// The reverse: matrix[row of lane][order[p]] = tile[p][lane] for `count` positions p from `begin`.
+inline int64_t place_of(const int64_t* places, int64_t input) { return places == nullptr ? input : places[input]; }
+
+// tile[places[j]][lane] = matrix[row of lane][j]; lanes without a row are 0. Without places, j itself.
+template <typename T, typename Stored>
+void load_tile(const T* matrix, TileRows rows, const int64_t* places, Stored* tile) {
+    using StoredSide __attribute__((vector_size(SIDE<T> * sizeof(Stored)), may_alias)) = Stored;
+    const int64_t whole = rows.inputs / SIDE<T> * SIDE<T>;
+    for (int64_t begin = 0; begin < LANES; begin += SIDE<T>) {
+        const T* source = matrix + (rows.first + begin) * rows.inputs;
+        const int64_t squares = begin + SIDE<T> <= rows.count ? whole : 0;
+        for (int64_t j = 0; j < squares; j += SIDE<T>) {
+            Side<T> square[SIDE<T>];
+            for (int i = 0; i < SIDE<T>; ++i) std::memcpy(square + i, source + i * rows.inputs + j, sizeof *square);
+            transpose<T>(square);
+            for (int i = 0; i < SIDE<T>; ++i)
+                *reinterpret_cast<StoredSide*>(tile + place_of(places, j + i) * LANES + begin) =
+                    __builtin_convertvector(square[i], StoredSide);
+        }
+        for (int64_t j = squares; j < rows.inputs; ++j)
+            for (int64_t lane = begin; lane < begin + SIDE<T>; ++lane)
+                tile[place_of(places, j) * LANES + lane] =
+                    lane < rows.count ? source[(lane - begin) * rows.inputs + j] : T(0);
+    }
+}
+
+// The reverse: matrix[row of lane][j] = tile[places[j]][lane].
 template <typename T>
-void store_tile(const T* tile, TileRows rows, const int64_t* order, int64_t begin, int64_t count, T* matrix) {
-    for (int64_t lane = 0; lane < rows.count; ++lane) {
-        T* target = matrix + (rows.first + lane) * rows.inputs;
-        for (int64_t p = begin; p < begin + count; ++p) target[order == nullptr ? p : order[p]] = tile[p * LANES + lane];
+void store_tile(const T* tile, TileRows rows, const int64_t* places, T* matrix) {
+    const int64_t whole = rows.inputs / SIDE<T> * SIDE<T>;
+    for (int64_t begin = 0; begin < rows.count; begin += SIDE<T>) {
+        T* target = matrix + (rows.first + begin) * rows.inputs;
+        const int64_t lanes = std::min<int64_t>(SIDE<T>, rows.count - begin);
+        for (int64_t j = 0; j < whole; j += SIDE<T>) {
+            Side<T> square[SIDE<T>];
+            for (int i = 0; i < SIDE<T>; ++i)
+                square[i] = *reinterpret_cast<const Side<T>*>(tile + place_of(places, j + i) * LANES + begin);
+            transpose<T>(square);
+            for (int64_t lane = 0; lane < lanes; ++lane)
+                std::memcpy(target + lane * rows.inputs + j, square + lane, sizeof *square);
+        }
+        for (int64_t j = whole; j < rows.inputs; ++j)
+            for (int64_t lane = 0; lane < lanes; ++lane)
+                target[lane * rows.inputs + j] = tile[place_of(places, j) * LANES + begin + lane];
     }
 }
 
@@ -75,6 +122,7 @@ inline void accumulate(const float* const* rows, int64_t count, const float* til
         const int64_t to = std::min(from + CHUNK, end);
         int64_t r = 0;
         for (; r + ROWS <= count; r += ROWS) accumulate_rows<ROWS>(rows + r, tile, from, to, sums + r * LANES);
+        for (; r + 4 <= count; r += 4) accumulate_rows<4>(rows + r, tile, from, to, sums + r * LANES);
         for (; r + 2 <= count; r += 2) accumulate_rows<2>(rows + r, tile, from, to, sums + r * LANES);
         if (r < count) accumulate_rows<1>(rows + r, tile, from, to, sums + r * LANES);
     }
