@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantlab.checkpoint.atomic import one_at_a_time, replacing
-from quantlab.checkpoint.names import MANIFEST_NAME, MODEL_FOLDER, PROFILE_FILE
+from quantlab.checkpoint.names import MANIFEST_NAME, MODEL_FOLDER, PROFILE_FILE, RESOLVED_RECIPE_NAME
+from quantlab.engine.fingerprint import source_fingerprint
 from quantlab.engine.journal import FolderBusyError
 from quantlab.errors import QuantlabError, ResumableError, UsageError
 from quantlab.evaluate.harness import TaskOptions
@@ -32,7 +33,7 @@ from quantlab.evaluate.subject import Subject
 from quantlab.executors import Executor, Link, LocalExecutor
 from quantlab.memory import reset_peak_rss
 from quantlab.models import resolve_model
-from quantlab.pipeline import execute
+from quantlab.pipeline import execute, versions
 from quantlab.plan import compute_dtype
 from quantlab.progress import Progress
 from quantlab.recipe import (
@@ -236,7 +237,7 @@ def plan_cells(
 
 
 def _require_same_recipe(cell: Cell) -> None:
-    resolved = cell.folder / "recipe.resolved.yaml"
+    resolved = cell.folder / RESOLVED_RECIPE_NAME
     if cell.finished and load_recipe(resolved).recipe != cell.assignment.loaded.recipe:
         raise UsageError(
             f"{cell.folder} holds a finished run with another recipe (compare {resolved.name} there with "
@@ -387,7 +388,7 @@ class _Reference:
         self._model_folder = model_folder
         self._dtype = compute_dtype(recipe, read_config(model_folder))
         # Not only one for all: a comparison that was stopped may go on with another model in the same folder.
-        self._folder = folder / _digest(f"{model_folder.absolute()} {self._dtype}")
+        self._folder = folder / _digest(f"{source_fingerprint(model_folder)} {self._dtype} {versions()}")
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, index: int, ids: Tensor) -> Tensor:
