@@ -92,9 +92,10 @@ def compare(
 ) -> None:
     """Compare METHODS: names, names with a preset (ganq@paper), or recipe files, of which the method is taken.
 
-    All see the same calibration tokens and are measured on the same text. Finished runs are never computed again, so
-    the same command continues a comparison that was stopped, and more methods or seeds can be added to it. A method
-    that fails is a row with its reason; the exit code is then 3.
+    All see the same calibration tokens and are measured on the same text. What the float model has to say is asked
+    once: answers, gradients, and with --set calibration.inputs=float the statistics, if half of the free disk holds
+    them. Finished runs are never computed again, so the same command continues a comparison that was stopped, and more
+    methods or seeds can be added to it. A method that fails is a row with its reason; the exit code is then 3.
     """
     from quantlab import registry
     from quantlab.cli.progress import choose_progress
