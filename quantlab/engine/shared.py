@@ -8,7 +8,7 @@ neither collects anything nor keeps the hidden states of the float model.
 
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from quantlab.engine.profile import Profile
 from quantlab.engine.shards import LocalShards
 from quantlab.engine.statistics import GroupStatistics, StatisticsOptions
 from quantlab.engine.waves import expert_waves, hardly_reached, packed, plain_groups
-from quantlab.errors import CheckpointError
+from quantlab.errors import CheckpointError, ResumableError
 from quantlab.experts import fused_experts, unfuse
 from quantlab.progress import Progress
 from quantlab.skeleton import WeightSource, build_skeleton, find_blocks, read_config, unload
@@ -66,19 +66,23 @@ class FloatPass:
     in_memory: bool
 
 
-def collect_in_float_model(asked: FloatPass, folder: Path, progress: Progress) -> float:
+def collect_in_float_model(
+    asked: FloatPass, folder: Path, progress: Progress, stop: Callable[[], bool] = lambda: False
+) -> float:
     """Take all batches through the float model and write the statistics, unless an earlier call has done that.
 
     Args:
         asked: what to collect.
         folder: where `StoredStatistics` will find it; created if it does not exist.
         progress: is told about every block.
+        stop: asked after every block; a true answer ends the pass, which has to begin anew.
 
     Returns:
         The seconds that it took, in this call or in the earlier one.
 
     Raises:
         NumericalError: the float model computes something that is not finite.
+        ResumableError: the pass was stopped.
     """
     complete = folder / COMPLETE
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +126,8 @@ def collect_in_float_model(asked: FloatPass, folder: Path, progress: Progress) -
                 chain.propagate(index, name).remove()
                 unload(block)
                 progress.advance(detail=f"block {index + 1}/{len(blocks)}")
+                if stop():
+                    raise ResumableError("stopped while collecting the statistics of the float model")
             chain.remove()
         seconds = time.monotonic() - started
         with replacing(complete) as temporary:

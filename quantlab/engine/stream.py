@@ -135,7 +135,7 @@ def quantize_model(
         journal: what is finished already; every finished block is added.
         work: folder for hidden states; to be removed when the run is complete.
         progress: is told about every finished layer.
-        stop: asked after every block; a true answer ends the run there.
+        stop: asked after every block, also of passes through the float model; a true answer ends the run there.
         executor: where layers are solved; None for this process.
 
     Raises:
@@ -147,7 +147,7 @@ def quantize_model(
         CheckpointError: what a former process finished is missing or has changed.
         ResumableError: the run was stopped, or the disk is full.
     """
-    stream = _Stream(request, writer, journal, work, progress, executor or LocalExecutor())
+    stream = _Stream(request, writer, journal, work, progress, stop, executor or LocalExecutor())
     with stream.driven():
         while not stream.complete:
             stream.process_block()
@@ -171,10 +171,11 @@ class _Stream:
         journal: Journal,
         work: Path,
         progress: Progress,
+        stop: Callable[[], bool],
         executor: Executor,
     ) -> None:
         self._request, self._writer, self._journal = request, writer, journal
-        self._work, self._progress, self._executor = work, progress, executor
+        self._work, self._progress, self._stop, self._executor = work, progress, stop, executor
         self._gradients_folder = request.gradients or work / "gradients"
         self._borrowed_s = 0.0
         self._profile = Profile()
@@ -307,6 +308,7 @@ class _Stream:
                 # All blocks' inputs exist at once, far more than the budget or the memory was planned for.
                 lambda name: Activations(self._work / "backward" / name, in_memory=False),
                 self._progress,
+                self._stop,
             )
         )
 
@@ -327,7 +329,7 @@ class _Stream:
             work=self._work / "float pass",
             in_memory=self._memory.activations_in_memory,
         )
-        self._borrow(lambda: collect_in_float_model(asked, folder, self._progress))
+        self._borrow(lambda: collect_in_float_model(asked, folder, self._progress, self._stop))
         return StoredStatistics(folder)
 
     def _borrow(self, collect: Callable[[], float]) -> None:

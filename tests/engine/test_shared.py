@@ -64,6 +64,12 @@ def quantize(folder, target, token_ids, *, bits=4, method=Rounding, stop=lambda:
     return Outcome(result, seen, {path.name: path.read_bytes() for path in target.glob("*.safetensors")})
 
 
+def after(blocks):
+    """Asks to stop after so many blocks."""
+    asked = iter(range(1, blocks + 1))
+    return lambda: next(asked, blocks) == blocks
+
+
 def require_same(one, other):
     assert one.files == other.files
     assert one.result.layers == other.result.layers
@@ -101,7 +107,7 @@ def test_forwards_that_pause_inside_their_blocks_share_statistics_and_go_on(
     alone = quantize(folder, tmp_path / "alone", token_ids)
     require_same(quantize(folder, tmp_path / "one", token_ids, **where), alone)
     with pytest.raises(ResumableError):
-        quantize(folder, tmp_path / "two", token_ids, stop=lambda: True, **where)
+        quantize(folder, tmp_path / "two", token_ids, stop=lambda: True, **where)  # after the first block of the run
     assert quantize(folder, tmp_path / "two", token_ids, **where).files == alone.files
 
 
@@ -179,16 +185,28 @@ def test_a_stopped_run_goes_on_with_what_is_shared(model_folder, token_ids, tmp_
     folder, where = model_folder("llama"), {"shared_statistics": tmp_path / "shared"}
     alone = quantize(folder, tmp_path / "alone", token_ids)
     with pytest.raises(ResumableError):
-        quantize(folder, tmp_path / "one", token_ids, stop=lambda: True, **where)
+        quantize(folder, tmp_path / "one", token_ids, stop=after(4), **where)  # three of the pass, one of the run
     continued = quantize(folder, tmp_path / "one", token_ids, **where)
     assert continued.files == alone.files
     assert continued.result.borrowed_s == 0
 
 
+@pytest.mark.parametrize("statistics", [FLOAT, StatisticsOptions(saliency_groups=1)], ids=["statistics", "gradients"])
+def test_a_pass_through_the_float_model_is_stopped_after_a_block_and_begins_anew(
+    model_folder, token_ids, tmp_path, statistics
+):
+    where = {"shared_statistics": tmp_path / "shared"} if statistics is FLOAT else {"gradients": tmp_path / "shared"}
+    settings = {"statistics": statistics, **where}
+    with pytest.raises(ResumableError, match="of the float model"):
+        quantize(model_folder("llama"), tmp_path / "one", token_ids, stop=after(2), **settings)
+    alone = quantize(model_folder("llama"), tmp_path / "alone", token_ids, statistics=statistics)
+    assert quantize(model_folder("llama"), tmp_path / "one", token_ids, **settings).files == alone.files
+
+
 def test_a_run_that_was_begun_in_a_comparison_goes_on_only_there(model_folder, token_ids, tmp_path):
     folder = model_folder("llama")
     with pytest.raises(ResumableError):
-        quantize(folder, tmp_path / "one", token_ids, stop=lambda: True, shared_statistics=tmp_path / "shared")
+        quantize(folder, tmp_path / "one", token_ids, stop=after(4), shared_statistics=tmp_path / "shared")
     with pytest.raises(CheckpointError, match="begun in a comparison"):
         quantize(folder, tmp_path / "one", token_ids)
 
