@@ -287,8 +287,8 @@ def caption(rows: Sequence[ComparisonRow]) -> str:
     missing = [
         flag
         for flag, values in (
-            ("--tasks", [row.accuracy.mean for row in rows]),
-            ("--profile", [row.tokens_per_s for row in rows]),
+            ("--tasks", [row.accuracy.mean for row in rows if row.seeds]),
+            ("--profile", [row.tokens_per_s for row in rows if row.seeds]),
         )
         if any(map(math.isnan, values))
     ]
@@ -327,11 +327,12 @@ def csv_table(rows: Sequence[ComparisonRow]) -> str:
     plain = ["variant", "bits", "seeds", "bits_per_weight", "checkpoint_bytes", "quantize_s", "peak_rss_bytes"]
     plain += ["tokens_per_s", "fallbacks", "over_budget", "failure"]
     measured = [f"{name} {text}" for text in texts for name in ("perplexity", "perplexity_se", "float", "kl", "kl_se")]
-    writer.writerow([*plain, "accuracy", "accuracy_se", *measured])
+    writer.writerow([*plain, "float_tokens_per_s", "accuracy", "accuracy_se", "float_accuracy", *measured])
     for row in rows:
         values: list[object] = [getattr(row, name) for name in plain]
-        values += [row.accuracy.mean, row.accuracy.standard_error]
         if row.reference is not None:
+            accuracy = row.accuracy
+            values += [row.reference.tokens_per_s, accuracy.mean, accuracy.standard_error, row.reference.accuracy]
             for text in texts:
                 perplexity, kl = row.perplexity[text], row.kl[text]
                 values += [perplexity.mean, perplexity.standard_error, row.reference.perplexity[text]]

@@ -129,6 +129,17 @@ def test_what_was_not_measured_is_a_dash_and_the_caption_says_how_to_measure_it(
     assert line["accuracy"] == line["tokens_per_s"] == ""
 
 
+def test_a_method_without_a_result_is_no_reason_to_call_something_unmeasured():
+    profile = {"models": {"demo": {"tokens_per_s": 50.0}, "runs/one": {"tokens_per_s": 123.4}}}
+    measured = comparison_row("ganq", 4, [record(tasks={"one": task(0.9, 0.6, 0.03)}, profile=profile)], None)
+    rows = [measured, comparison_row("gptq", 4, [], "singular")]
+    assert "not measured" not in caption(rows)
+    line, failed = csv.DictReader(io.StringIO(csv_table(rows)))
+    names = ("tokens_per_s", "float_tokens_per_s", "accuracy", "accuracy_se", "float_accuracy", "float stdlib")
+    assert [float(line[name]) for name in names] == [123.4, 50.0, 0.6, 0.03, 0.9, 8.0]
+    assert [failed["failure"], failed["accuracy"], failed["kl stdlib"]] == ["singular", None, None]
+
+
 def test_accuracy_is_the_mean_over_tasks_with_the_error_over_questions():
     tasks = {"one": task(0.9, 0.6, 0.03), "two": task(0.7, 0.8, 0.04)}
     result = comparison_row("ganq", 4, [record(tasks=tasks)], None)

@@ -45,8 +45,8 @@ def overview(runs: Sequence[Run], failures: Sequence[Failure]) -> Part:
                 "KL is the mean divergence from the float model in nats per token, ± its standard error. It is marked "
                 "if it is lower than that of every other run of the same model and code width, its own with other "
                 "seeds aside, by more than twice the standard error of the difference. Below bits per weight stands by "
-                "how much they exceed the leanest of these runs. Loss/RTN is the loss of a layer as a multiple of round-to-nearest's at the same bits, "
-                "the geometric mean over the layers.",
+                "how much they exceed the leanest of these runs. Loss/RTN is the loss of a layer as a multiple of "
+                "round-to-nearest's at the same bits, the geometric mean over the layers.",
             ),
         )
     )
