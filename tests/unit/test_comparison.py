@@ -68,6 +68,13 @@ def test_seeds_become_a_mean_and_its_standard_error():
     assert result.kl["stdlib"].standard_error == pytest.approx(0.1 / math.sqrt(3))
 
 
+def test_what_no_seed_changes_has_the_error_of_one_run():
+    same = comparison_row("rtn", 4, [record(), record(), record()], None)
+    assert same.kl["stdlib"] == Value(mean=pytest.approx(0.1), standard_error=0.01)
+    assert math.isnan(same.perplexity["stdlib"].standard_error)
+    assert "over windows of text and questions where seeds change nothing" in caption([same])
+
+
 def test_one_seed_has_an_error_of_the_divergence_only():
     result = comparison_row("ganq", 4, [record()], None)
     assert math.isnan(result.perplexity["stdlib"].standard_error)
@@ -160,7 +167,7 @@ def test_speed_is_that_of_the_last_model_of_the_profile():
     profile = {"models": {"demo": {"tokens_per_s": 50.0}, "runs/one": {"tokens_per_s": 123.4}}}
     result = comparison_row("ganq", 4, [record(), record(profile=profile)], None)  # of two seeds one was measured
     assert (result.tokens_per_s, result.reference.tokens_per_s) == (123.4, 50.0)
-    assert table_rows([result])[2][-2] == "123"
+    assert table_rows([result])[2][-2] == "123 (2.47 ×)"
 
 
 def test_a_damaged_profile_is_one_clear_error():
