@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantlab.checkpoint.atomic import one_at_a_time, replacing
-from quantlab.checkpoint.names import MANIFEST_NAME, MODEL_FOLDER, PROFILE_FILE
+from quantlab.checkpoint.names import MANIFEST_NAME, MODEL_FOLDER, PROFILE_FILE, RESOLVED_RECIPE_NAME
+from quantlab.engine.fingerprint import source_fingerprint
 from quantlab.engine.journal import FolderBusyError
 from quantlab.errors import QuantlabError, ResumableError, UsageError
 from quantlab.evaluate.harness import TaskOptions
@@ -32,7 +33,7 @@ from quantlab.evaluate.subject import Subject
 from quantlab.executors import Executor, Link, LocalExecutor
 from quantlab.memory import reset_peak_rss
 from quantlab.models import resolve_model
-from quantlab.pipeline import execute
+from quantlab.pipeline import execute, versions
 from quantlab.plan import compute_dtype
 from quantlab.progress import Progress
 from quantlab.recipe import (
@@ -42,7 +43,7 @@ from quantlab.recipe import (
     MethodSection,
     ModelSection,
     Recipe,
-    dump_recipe,
+    lay_over,
     load_recipe,
 )
 from quantlab.recipe.layers import MethodAssignment, assign_methods
@@ -50,6 +51,9 @@ from quantlab.skeleton import load_model, read_config
 
 CELLS = "cells"
 FAILURE_SUFFIX = ".failed.json"
+PER_CELL = frozenset({"method", "layers", "seed"})
+"""Sections of a recipe that are not the same for all."""
+
 COMMANDS = "commands.txt"
 """The command lines that made the comparison, one a line; methods may have been added to it."""
 
@@ -170,7 +174,7 @@ def parse_variants(names: Sequence[str], settings: Sequence[str]) -> list[Varian
 
     Raises:
         RecipeError: a recipe file is not one.
-        UsageError: an assignment is for a method that takes no part.
+        UsageError: an assignment is none, or for a method that takes no part.
     """
     variants = []
     for name in names:
@@ -182,6 +186,8 @@ def parse_variants(names: Sequence[str], settings: Sequence[str]) -> list[Varian
             variants.append(Variant(label=name, method=MethodSection(name=method, bits=4, preset=preset or None)))
     taking_part = {variant.method.name for variant in variants}
     for setting in settings:
+        if not re.fullmatch(r"[^.=]+\..+=.*", setting, re.DOTALL):
+            raise UsageError(f"--set {setting} is not of the form METHOD.OPTION=VALUE, such as ganq.iterations=20")
         if setting.partition(".")[0] not in taking_part:
             raise UsageError(f"--set {setting}: only {', '.join(sorted(taking_part))} take part in the comparison")
     return [
@@ -200,7 +206,7 @@ def parse_variants(names: Sequence[str], settings: Sequence[str]) -> list[Varian
 def plan_cells(
     variants: Sequence[Variant], bits: Sequence[int], seeds: int, common: Recipe, overrides: Sequence[str], folder: Path
 ) -> list[Cell]:
-    """The runs of a comparison, all recipes checked.
+    """The runs of a comparison, all recipes checked; nothing is written.
 
     Args:
         variants: the methods.
@@ -212,10 +218,16 @@ def plan_cells(
 
     Raises:
         RecipeError: a recipe cannot be run as it is.
-        UsageError: the folder holds a finished cell of the same name with another recipe.
+        UsageError: two cells are one, an assignment is not for all recipes, or the folder holds a finished cell of
+            the same name with another recipe.
     """
-    (folder / CELLS).mkdir(parents=True, exist_ok=True)
-    cells = []
+    for override in overrides:
+        if override.partition("=")[0].partition(".")[0].strip() in PER_CELL:
+            raise UsageError(
+                f"--set {override}: the runs of a comparison differ in this; use --bits, --group-size, --seeds, or "
+                "METHOD.OPTION=VALUE for an option of a method"
+            )
+    cells: dict[str, Cell] = {}
     for width in bits:
         for variant in variants:
             for seed in range(seeds):
@@ -223,20 +235,27 @@ def plan_cells(
                 method = replace(variant.method, bits=width, group_size=group_size)
                 recipe = replace(common, method=method, layers=variant.layers, seed=seed)
                 name = f"{re.sub(r'[^a-z0-9.-]+', '-', variant.label.lower())}-w{width}-s{seed}"
-                path = folder / CELLS / f"{name}.yaml"
-                with replacing(path) as temporary:
-                    temporary.write_text(dump_recipe(recipe), encoding="utf-8")
-                assignment = assign_methods(load_recipe(path, [*overrides, *variant.overrides]))
+                assignment = assign_methods(lay_over(recipe, [*overrides, *variant.overrides], name))
+                loaded = replace(assignment.loaded, path=folder / CELLS / f"{name}.yaml")
                 cell = Cell(
-                    variant=variant.label, bits=width, seed=seed, folder=folder / CELLS / name, assignment=assignment
+                    variant=variant.label,
+                    bits=width,
+                    seed=seed,
+                    folder=folder / CELLS / name,
+                    assignment=replace(assignment, loaded=loaded),
                 )
+                if name in cells:
+                    raise UsageError(
+                        f"{cells[name].name} and {cell.name} would be the same run {name}; name each method and width "
+                        "once, and recipe files so that their names differ"
+                    )
                 _require_same_recipe(cell)
-                cells.append(cell)
-    return cells
+                cells[name] = cell
+    return list(cells.values())
 
 
 def _require_same_recipe(cell: Cell) -> None:
-    resolved = cell.folder / "recipe.resolved.yaml"
+    resolved = cell.folder / RESOLVED_RECIPE_NAME
     if cell.finished and load_recipe(resolved).recipe != cell.assignment.loaded.recipe:
         raise UsageError(
             f"{cell.folder} holds a finished run with another recipe (compare {resolved.name} there with "
@@ -244,8 +263,15 @@ def _require_same_recipe(cell: Cell) -> None:
         )
 
 
-def note_command(folder: Path, command: str) -> None:
-    """Add a command line to those that made a comparison, unless it is there already."""
+def _begin(folder: Path, pending: Sequence[Cell], command: str) -> None:
+    """Write the recipes, and add the command line to those that made the comparison, unless it is there already."""
+    try:
+        (folder / CELLS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write {folder}: {error.strerror}; choose another --output-dir") from error
+    for cell in pending:
+        with replacing(cell.assignment.loaded.path) as temporary:
+            temporary.write_text(cell.assignment.loaded.text, encoding="utf-8")
     path = folder / COMMANDS
     known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     if command not in known:
@@ -255,6 +281,7 @@ def note_command(folder: Path, command: str) -> None:
 
 def run_cells(
     cells: Sequence[Cell],
+    command: str,
     progress: Progress,
     stop: Callable[[], bool],
     announce: Callable[[Cell, int], None],
@@ -264,6 +291,7 @@ def run_cells(
 
     Args:
         cells: of one comparison.
+        command: the command line that asked for them, for the record.
         progress: is told about every stage; of an executor that runs cells side by side, about every cell.
         stop: a true answer ends the comparison at the next place from which it can go on.
         announce: is told about every cell that is about to run, and its position, if they run one after the other.
@@ -271,15 +299,16 @@ def run_cells(
 
     Raises:
         ResumableError: the comparison was stopped.
-        ModelError: the model cannot be found.
-        UsageError: a machine cannot take part.
+        ModelError: the model cannot be found; nothing is written.
+        UsageError: the folder cannot be written to, or a machine cannot take part.
     """
     pending = [(cell, position) for position, cell in enumerate(cells) if not cell.finished]
-    if not pending:
+    recipe = cells[0].assignment.loaded.recipe
+    model_folder = resolve_model(recipe.model.path) if pending else None
+    _begin(cells[0].folder.parent.parent, [cell for cell, _ in pending], command)
+    if model_folder is None:
         return
     executor = executor or LocalExecutor()
-    recipe = pending[0][0].assignment.loaded.recipe
-    model_folder = resolve_model(recipe.model.path)
     work = pending[0][0].folder.parent / REFERENCE
     work.mkdir(exist_ok=True)
     executor.require_shared(model_folder, work)
@@ -387,7 +416,7 @@ class _Reference:
         self._model_folder = model_folder
         self._dtype = compute_dtype(recipe, read_config(model_folder))
         # Not only one for all: a comparison that was stopped may go on with another model in the same folder.
-        self._folder = folder / _digest(f"{model_folder.absolute()} {self._dtype}")
+        self._folder = folder / _digest(f"{source_fingerprint(model_folder)} {self._dtype} {versions()}")
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, index: int, ids: Tensor) -> Tensor:

@@ -7,13 +7,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantlab.checkpoint.names import MANIFEST_NAME
+from quantlab.checkpoint.names import (
+    EVALUATION_NAME,
+    LOG_NAME,
+    MANIFEST_NAME,
+    MODEL_FOLDER,
+    RECIPE_NAME,
+    RESOLVED_RECIPE_NAME,
+)
 from quantlab.engine.finished import BLOCK
 from quantlab.engine.journal import JOURNAL_NAME, Journal
 from quantlab.errors import UsageError
 from quantlab.workspace import COMPLETE, WORK_FOLDER
 
-_OF_A_RUN = ("model", "recipe.yaml", "recipe.resolved.yaml", "eval.json", "report.md", "log.txt")
+_OF_A_RUN = (MODEL_FOLDER, RECIPE_NAME, RESOLVED_RECIPE_NAME, EVALUATION_NAME, "report.md", LOG_NAME)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -4,10 +4,12 @@ The folder is worked on in place. While it holds a journal it is unfinished, and
 that cannot succeed leaves nothing behind.
 """
 
+import hashlib
 import json
 import math
 import platform
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -26,7 +28,14 @@ from quantlab.api import LayerQuantizer
 from quantlab.calibration.tokens import TokenWindows, calibration_windows, load_tokenizer, window_length
 from quantlab.checkpoint.atomic import replacing
 from quantlab.checkpoint.format import QuantizationConfig
-from quantlab.checkpoint.names import MANIFEST_NAME, MODEL_FOLDER
+from quantlab.checkpoint.names import (
+    EVALUATION_NAME,
+    LOG_NAME,
+    MANIFEST_NAME,
+    MODEL_FOLDER,
+    RECIPE_NAME,
+    RESOLVED_RECIPE_NAME,
+)
 from quantlab.checkpoint.reader import load
 from quantlab.checkpoint.writer import CheckpointWriter
 from quantlab.engine.fingerprint import (
@@ -37,7 +46,7 @@ from quantlab.engine.fingerprint import (
 )
 from quantlab.engine.options import single_threaded
 from quantlab.engine.solve import SolveOptions
-from quantlab.engine.statistics import StatisticsOptions
+from quantlab.engine.statistics import StatisticsOptions, statistics_bytes
 from quantlab.engine.stream import StreamRequest, StreamResult, quantize_model
 from quantlab.errors import QualityError
 from quantlab.evaluate.evaluation import must_stream, tokenizer_sha256
@@ -55,10 +64,14 @@ from quantlab.progress import LoggedProgress, NoProgress, Progress
 from quantlab.recipe import LoadedRecipe, Recipe, dump_recipe, load_recipe
 from quantlab.recipe.layers import MethodAssignment, assign_methods
 from quantlab.report.markdown import write_markdown
+from quantlab.report.units import format_bytes
 from quantlab.skeleton import load_model, read_config, weight_files
 from quantlab.workspace import Workspace, memory_shortage_explained, working_in
 
 Result = TypeVar("Result")
+
+DISK_SHARE = 0.5
+"""Of the free disk, what statistics that runs share may take; otherwise each run collects its own."""
 
 
 class FloatReference(Protocol):
@@ -149,7 +162,7 @@ def execute(
     recipe = assignment.loaded.recipe
     with (
         working_in(output_dir) as workspace,
-        (output_dir / "log.txt").open("a") as log,
+        (output_dir / LOG_NAME).open("a") as log,
         single_threaded(recipe.engine.deterministic),
         memory_shortage_explained(),
         MemoryTimeline() as timeline,
@@ -165,10 +178,10 @@ def execute(
         run = _Run(assignment, model_folder, workspace, logged, timeline, reference, executor)
         calibration, corpora = run.timed("read_text", run.read_text)
         run.identify(calibration)
-        stream, files = run.timed("quantize", lambda: run.quantize(calibration, stop))
+        stream, files = run.timed("quantize", lambda: run.quantize(plan, calibration, stop))
         logged.stoppable = True
         evaluation = run.timed("evaluate", lambda: run.evaluate(stream, corpora))
-        _write_json(output_dir / "eval.json", evaluation)
+        _write_json(output_dir / EVALUATION_NAME, evaluation)
         _write_json(output_dir / MANIFEST_NAME, run.manifest(plan, calibration, stream, files, command))
         write_markdown(output_dir)
     return output_dir
@@ -241,17 +254,19 @@ class _Run:
             **source_fingerprint(self.model_folder),
             "calibration.token_sha256": calibration.sha256,
             f"versions.{entry.distribution}": entry.version,
-            **{f"versions.{name}": version for name, version in _versions().items()},
+            **{f"versions.{name}": version for name, version in versions().items()},
         }
         journal = self.workspace.journal
         if journal.entries:
             require_same_run(journal.entries[0]["fingerprint"], current, self.folder)
             return
-        _write_text(self.folder / "recipe.yaml", self.assignment.loaded.text)
-        _write_text(self.folder / "recipe.resolved.yaml", dump_recipe(self.recipe))
+        _write_text(self.folder / RECIPE_NAME, self.assignment.loaded.text)
+        _write_text(self.folder / RESOLVED_RECIPE_NAME, dump_recipe(self.recipe))
         journal.append({"kind": "run", "fingerprint": current})
 
-    def quantize(self, calibration: TokenWindows, stop: Callable[[], bool]) -> tuple[StreamResult, dict[str, str]]:
+    def quantize(
+        self, plan: Plan, calibration: TokenWindows, stop: Callable[[], bool]
+    ) -> tuple[StreamResult, dict[str, str]]:
         """Write the quantized checkpoint; returns what is reported and the hashes of its files."""
         recipe, workspace, assignment = self.recipe, self.workspace, self.assignment
         statistics = statistics_options(recipe, assignment.methods)
@@ -263,6 +278,7 @@ class _Run:
             statistics=statistics,
             engine=engine_options(recipe),
             gradients=self._shared_gradients(calibration, statistics),
+            shared_statistics=self._shared_statistics(plan, calibration, statistics),
         )
         writer = CheckpointWriter(self.folder / MODEL_FOLDER)
         stream = quantize_model(request, writer, workspace.journal, workspace.work, self.progress, stop, self.executor)
@@ -283,6 +299,29 @@ class _Run:
             return None
         wanted = f"{'fisher' if statistics.fisher else 'no-fisher'}-{statistics.saliency_groups}"
         return self.reference.folder(f"gradients-{calibration.sha256[:16]}-{wanted}")
+
+    def _shared_statistics(self, plan: Plan, calibration: TokenWindows, statistics: StatisticsOptions) -> Path | None:
+        """Where runs share what they measure of the float model's inputs, unless that would fill the disk."""
+        if self.reference is None or statistics.inputs != "float":
+            return None
+        engine = engine_options(self.recipe)
+        depends_on = [
+            calibration.sha256,
+            statistics.saliency_groups,
+            [layer.name for layer in plan.quantized],
+            [engine.memory_budget_bytes, engine.calibration_shards],  # in which order sums are added
+            torch.get_num_threads(),
+        ]
+        key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
+        folder = self.reference.folder(f"statistics-{key}")
+        most = sum(statistics_bytes(layer.shape[1], 1, statistics) for layer in plan.quantized)
+        if not folder.exists() and most > DISK_SHARE * shutil.disk_usage(folder.parent).free:
+            self.progress.advance(
+                0,
+                f"every run collects its statistics: to share them would take up to {format_bytes(most)} of disk",
+            )
+            return None
+        return folder
 
     def solve_options(self, layer: str) -> SolveOptions | None:
         """How a layer is solved, by its full name; None keeps it in floating point."""
@@ -409,7 +448,7 @@ class _Run:
             },
             "seed": self.recipe.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": {"python": platform.python_version(), **versions()},
             "threads": torch.get_num_threads(),
             "command": command,
             "files": files,
@@ -436,7 +475,7 @@ def _require_reproduced(logits: Tensor, stream: StreamResult) -> None:
         )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Of everything that the result depends on besides the method."""
     return {"quantlab": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 

@@ -34,6 +34,12 @@ _DTYPE_NAMES = {
 }
 
 
+def file_sha256(path: Path) -> str:
+    """The hash that `write_safetensors` returned if a file is as it was written."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, narrow_to: torch.dtype | None = None) -> str:
     """Write tensors to a file that is either complete or not there.
 

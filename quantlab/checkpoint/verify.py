@@ -1,6 +1,5 @@
 """Checks a checkpoint as far as that is possible without the model that it was made from."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from quantlab.checkpoint.documents import read_json
 from quantlab.checkpoint.format import SHARD_PREFIX
 from quantlab.checkpoint.names import MANIFEST_NAME
 from quantlab.checkpoint.reader import empty_model
+from quantlab.checkpoint.serialize import file_sha256
 from quantlab.checkpoint.shard import read_shard
 from quantlab.errors import CheckpointError
 
@@ -81,8 +81,7 @@ def _check_stray_shards(contents: Contents) -> None:
 def _check_hashes(folder: Path, noted: Mapping[str, str]) -> None:
     for name, digest in noted.items():
         try:
-            with (folder / name).open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            found = file_sha256(folder / name)
         except OSError as error:
             raise CheckpointError(f"{folder / name}: not readable: {error}") from error
         if found != digest:

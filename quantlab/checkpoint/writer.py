@@ -1,6 +1,5 @@
 """Writes a quantized checkpoint, one shard at a time, so that no more than one shard is in memory."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from quantlab.checkpoint.atomic import replacing
 from quantlab.checkpoint.format import CONFIG_NAME, INDEX_NAME, SHARD_PATTERN, QuantizationConfig
-from quantlab.checkpoint.serialize import data_bytes, pieces, write_safetensors
+from quantlab.checkpoint.serialize import data_bytes, file_sha256, pieces, write_safetensors
 from quantlab.errors import CheckpointError, ResumableError
 
 SIDE_FILES = (
@@ -159,5 +158,4 @@ class CheckpointWriter:
         self._hashes[file] = self._digest(file)
 
     def _digest(self, file: str) -> str:
-        with (self._folder / file).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_sha256(self._folder / file)

@@ -61,8 +61,10 @@ if typing.TYPE_CHECKING:
     metavar="KEY=VALUE",
     help="An option of a method (ganq.iterations=20), or a value of all recipes (calibration.target_alpha=0.5).",
 )
-@click.option("--output-dir", type=click.Path(path_type=Path), help="[default: runs/compare-MODEL]")
-@click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write the values to this file, too.")
+@click.option("--output-dir", type=click.Path(file_okay=False, path_type=Path), help="[default: runs/compare-MODEL]")
+@click.option(
+    "--csv", "csv_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the values to this file, too."
+)
 @executor_options
 @json_option
 @common_options
@@ -90,19 +92,22 @@ def compare(
 ) -> None:
     """Compare METHODS: names, names with a preset (ganq@paper), or recipe files, of which the method is taken.
 
-    All see the same calibration tokens and are measured on the same text. Finished runs are never computed again, so
-    the same command continues a comparison that was stopped, and more methods or seeds can be added to it. A method
-    that fails is a row with its reason; the exit code is then 3.
+    All see the same calibration tokens and are measured on the same text. What the float model has to say is asked
+    once: answers, gradients, and with --set calibration.inputs=float the statistics, if half of the free disk holds
+    them. Finished runs are never computed again, so the same command continues a comparison that was stopped, and more
+    methods or seeds can be added to it. A method that fails is a row with its reason; the exit code is then 3.
     """
     from quantlab import registry
     from quantlab.cli.progress import choose_progress
     from quantlab.cli.stopping import StopSignals
-    from quantlab.compare import common_recipe, note_command, parse_variants, plan_cells, profile_cells, run_cells
+    from quantlab.compare import common_recipe, parse_variants, plan_cells, profile_cells, run_cells
     from quantlab.models import model_label
     from quantlab.plan import engine_options
     from quantlab.report.comparison import csv_table, json_rows, markdown_table
     from quantlab.report.html import FILE_NAME, write_report
 
+    if csv_file is not None and not csv_file.absolute().parent.is_dir():
+        raise click.BadParameter(f"the folder {csv_file.parent} does not exist", param_hint="--csv")
     quiet = session.quiet or as_json
     methods_known = registry.available().keys()
     folder = output_dir or Path("runs") / f"compare-{model_label(model)}"
@@ -127,8 +132,6 @@ def compare(
         folder,
     )
 
-    note_command(folder, shlex.join(["quantlab", *session.arguments]))
-
     def announce(cell: "Cell", position: int) -> None:
         if not quiet:
             click.echo(f"[{position + 1}/{len(cells)}] {cell.name}", err=True)
@@ -139,13 +142,14 @@ def compare(
         choose_progress(quiet=quiet, budget_bytes=budget_bytes) as progress,
         StopSignals() as stop,
     ):
-        run_cells(cells, progress, stop, announce, executor)
+        run_cells(cells, shlex.join(["quantlab", *session.arguments]), progress, stop, announce, executor)
         if profile:
             profile_cells(cells, progress)
     rows = _rows(cells)
     (folder / "compare.json").write_text(json.dumps(json_rows(rows), indent=2) + "\n", encoding="utf-8")
     (folder / "compare.md").write_text(markdown_table(rows), encoding="utf-8")
-    write_report([folder], folder / FILE_NAME)
+    if any(row.seeds for row in rows):
+        write_report([folder], folder / FILE_NAME)
     if csv_file is not None:
         csv_file.write_text(csv_table(rows), encoding="utf-8")
     _print(rows, folder, as_json)
@@ -193,4 +197,5 @@ def _print(rows: Sequence["ComparisonRow"], folder: Path, as_json: bool) -> None
         console.width = 160  # rich assumes 80 columns where there is no terminal, which would wrap the table
     console.print(rich_table(rows))
     click.echo(f"comparison: {folder}")
-    click.echo(f"report:     {folder / FILE_NAME}")
+    if any(row.seeds for row in rows):
+        click.echo(f"report:     {folder / FILE_NAME}")

@@ -143,8 +143,9 @@ def evaluate(
 def keep_layer_errors(run_folder: Path, errors: dict[str, Any]) -> None:
     """Put layer errors beside what the run's own evaluation found."""
     from quantlab.checkpoint.atomic import replacing
+    from quantlab.checkpoint.names import EVALUATION_NAME
 
-    path = run_folder / "eval.json"
+    path = run_folder / EVALUATION_NAME
     content = json.loads(path.read_text(encoding="utf-8")) | {"layers": errors}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -4,7 +4,6 @@ Every generation is written, also when it is kept in memory: a run that is kille
 states themselves. Computing them again on another path would be close to them but not equal.
 """
 
-import hashlib
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quantlab.checkpoint.atomic import flush
-from quantlab.checkpoint.serialize import write_safetensors
+from quantlab.checkpoint.serialize import file_sha256, write_safetensors
 from quantlab.errors import CheckpointError
 
 _NAME = "hidden"
@@ -73,7 +72,7 @@ class Activations:
         """
         for name, expected in hashes.items():
             path = self._folder / name
-            if not path.is_file() or _sha256(path) != expected:
+            if not path.is_file() or file_sha256(path) != expected:
                 raise CheckpointError(
                     f"{path} is missing or not as it was written, so the run cannot be continued; remove its folder"
                 )
@@ -94,8 +93,3 @@ class Activations:
     @staticmethod
     def _batch(file_name: str) -> int:
         return int(file_name.removeprefix("batch-").removesuffix(".safetensors"))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,7 +23,7 @@ from quantlab.engine.drive import open_driver
 from quantlab.engine.linears import find_linears
 from quantlab.engine.sensitivity import LayerSensitivity, observed
 from quantlab.engine.statistics import Gradients, StatisticsOptions
-from quantlab.errors import ModelError, NumericalError
+from quantlab.errors import ModelError, NumericalError, ResumableError
 from quantlab.experts import fused_experts, unfuse
 from quantlab.progress import Progress
 from quantlab.skeleton import WeightSource, build_skeleton, find_blocks, read_config, unload
@@ -56,6 +56,7 @@ def collect_gradients(
     folder: Path,
     new_states: Callable[[str], HiddenStates],
     progress: Progress,
+    stop: Callable[[], bool] = lambda: False,
 ) -> float:
     """Run the backward pass of the float model and write what it says, one file per block.
 
@@ -69,6 +70,7 @@ def collect_gradients(
         folder: where `read_gradients` will find them; created if it does not exist.
         new_states: makes an empty store from a name; there is one store per block.
         progress: is told about every block, twice.
+        stop: asked after every block; a true answer ends the pass, which has to begin anew.
 
     Returns:
         The seconds that it took, in this call or in the earlier one.
@@ -76,6 +78,7 @@ def collect_gradients(
     Raises:
         ModelError: the blocks of the model cannot be differentiated one at a time.
         NumericalError: a gradient is not finite.
+        ResumableError: the pass was stopped.
     """
     complete = folder / "seconds.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +96,7 @@ def collect_gradients(
             _require_separate_blocks(model, driver)
             progress.begin("gradients", 2 * len(blocks), "blocks")
             work = _Pass(driver, weights, blocks, calibration_ids, options)
-            states = work.forward(new_states, progress)
+            states = work.forward(new_states, progress, stop)
             gradients = new_states("gradients")
             work.start(states.pop(), gradients)
             for index in reversed(range(len(blocks))):
@@ -101,6 +104,7 @@ def collect_gradients(
                 named = {f"{prefix}.{index}.{key}": value for key, value in found.items()}
                 write_safetensors(_file(folder, index), named)
                 progress.advance(detail=f"block {index + 1}/{len(blocks)}  backward")
+                _require_going_on(stop)
             gradients.remove()
         seconds = time.monotonic() - started
         with replacing(complete) as temporary:
@@ -129,6 +133,11 @@ def _file(folder: Path, index: int) -> Path:
     return folder / f"gradients-{index:05d}.safetensors"
 
 
+def _require_going_on(stop: Callable[[], bool]) -> None:
+    if stop():
+        raise ResumableError("stopped while collecting the gradients of the float model")
+
+
 def _require_separate_blocks(model: PreTrainedModel, driver: BlockDriver[Any]) -> None:
     if driver.mode != "record" or driver.replay_on_resume:
         raise ModelError(
@@ -155,7 +164,9 @@ class _Pass:
         self._options = options
         self._batches: list[Any] = []
 
-    def forward(self, new_states: Callable[[str], HiddenStates], progress: Progress) -> list[HiddenStates]:
+    def forward(
+        self, new_states: Callable[[str], HiddenStates], progress: Progress, stop: Callable[[], bool]
+    ) -> list[HiddenStates]:
         """What enters each block, and what leaves the last one; the first block is loaded already."""
         states = [new_states("block-00000")]
         for sequence, ids in enumerate(self._ids.split(1)):
@@ -170,6 +181,7 @@ class _Pass:
                 states[-1].put(sequence, self._driver.run_block(index, states[-2].get(sequence), batch))
             unload(block)
             progress.advance(detail=f"block {index + 1}/{len(self._blocks)}  forward")
+            _require_going_on(stop)
         return states
 
     def start(self, outputs: HiddenStates, gradients: HiddenStates) -> None:

@@ -4,7 +4,7 @@ How many shards there are says the recipe, since it decides in which order sums 
 Where they are summed makes no difference.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -20,6 +20,9 @@ from quantlab.runtime import LutLinear, storage_layout
 
 Hashes = Mapping[str, Mapping[str, str]]
 """SHA-256 of the files of hidden states, by chain and file name."""
+
+Collect = Callable[[Place, Sequence[Group], Sequence[str]], list[GroupStatistics]]
+"""The statistics of every group of a wave; see `collect_batches`."""
 
 
 class Shards(Protocol):

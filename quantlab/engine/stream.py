@@ -39,10 +39,11 @@ from quantlab.engine.prefetch import Prefetch
 from quantlab.engine.profile import Profile
 from quantlab.engine.recall import Recall
 from quantlab.engine.replica import ShardSite
-from quantlab.engine.shards import LocalShards, RemoteShards, Shards, shard_ranges
+from quantlab.engine.shards import Collect, LocalShards, RemoteShards, Shards, shard_ranges
+from quantlab.engine.shared import FloatPass, StoredStatistics, collect_in_float_model
 from quantlab.engine.statistics import Gradients, StatisticsOptions, require_collectable
 from quantlab.engine.survey import survey_model
-from quantlab.errors import ResumableError
+from quantlab.errors import CheckpointError, ResumableError
 from quantlab.executors import Executor, LocalExecutor
 from quantlab.experts import fused_experts, unfuse
 from quantlab.progress import Progress
@@ -68,6 +69,9 @@ class StreamRequest:
         engine: how the machine is used.
         gradients: folder for what the backward pass of the float model says, shared by runs of the same model, text,
             dtype and statistics; None keeps it with the run.
+        shared_statistics: folder for the statistics of the float model's inputs, shared by runs of the same model,
+            text, dtype, statistics, layers to quantize, batches and shards; None collects them block by block and
+            keeps none.
     """
 
     source: Path
@@ -77,6 +81,11 @@ class StreamRequest:
     statistics: StatisticsOptions = field(default_factory=StatisticsOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
     gradients: Path | None = None
+    shared_statistics: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.shared_statistics is not None and self.statistics.inputs != "float":
+            raise ValueError('statistics behind quantized layers are those of one run: only inputs="float" shares them')
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,7 +100,7 @@ class StreamResult:
         check_logits: what the quantized model answers to them; a reloaded checkpoint must answer the same.
         drive_mode: how the blocks were driven, "record" or "suspend".
         seconds: where the time went, over all processes that worked on the run.
-        borrowed_s: of this time, what a run before spent on gradients that this one took over.
+        borrowed_s: of this time, what a run before spent on the float model that this one took over.
         memory: how the work was cut, and the memory that this was expected to take.
     """
 
@@ -126,7 +135,7 @@ def quantize_model(
         journal: what is finished already; every finished block is added.
         work: folder for hidden states; to be removed when the run is complete.
         progress: is told about every finished layer.
-        stop: asked after every block; a true answer ends the run there.
+        stop: asked after every block, also of passes through the float model; a true answer ends the run there.
         executor: where layers are solved; None for this process.
 
     Raises:
@@ -138,7 +147,7 @@ def quantize_model(
         CheckpointError: what a former process finished is missing or has changed.
         ResumableError: the run was stopped, or the disk is full.
     """
-    stream = _Stream(request, writer, journal, work, progress, executor or LocalExecutor())
+    stream = _Stream(request, writer, journal, work, progress, stop, executor or LocalExecutor())
     with stream.driven():
         while not stream.complete:
             stream.process_block()
@@ -153,6 +162,7 @@ class _Stream:
     _driver: BlockDriver[Any]
     _chains: dict[str, Chain]
     _shards: Shards
+    _collect: Collect
 
     def __init__(
         self,
@@ -161,10 +171,11 @@ class _Stream:
         journal: Journal,
         work: Path,
         progress: Progress,
+        stop: Callable[[], bool],
         executor: Executor,
     ) -> None:
         self._request, self._writer, self._journal = request, writer, journal
-        self._work, self._progress, self._executor = work, progress, executor
+        self._work, self._progress, self._stop, self._executor = work, progress, stop, executor
         self._gradients_folder = request.gradients or work / "gradients"
         self._borrowed_s = 0.0
         self._profile = Profile()
@@ -199,6 +210,7 @@ class _Stream:
     def driven(self) -> Iterator[None]:
         """Inside, the batches stand before the first block that is not finished."""
         self._collect_gradients()
+        stored = self._collect_statistics()
         with self._profile.timed("load"):
             self._weights.load_rest()
             self._load_block(0)
@@ -208,7 +220,8 @@ class _Stream:
             if driver.mode == "suspend":
                 self._memory = self._plan_memory(outside_stays=True)
             self._progress.begin("quantizing", len(self._options), "layers")
-            self._shards = self._open_shards()
+            self._shards = self._open_shards(stored is not None)
+            self._collect = self._shards.collect if stored is None else stored.collect
             if self._done:
                 self._resume()
             if driver.mode == "record":
@@ -227,6 +240,7 @@ class _Stream:
         job = BlockJob(
             place=place,
             shards=self._shards,
+            collect=self._collect,
             options=self._options,
             statistics_bytes=self._memory.statistics_bytes,
             max_rows=self._memory.max_rows,
@@ -283,9 +297,9 @@ class _Stream:
     def _collect_gradients(self) -> None:
         if not self._statistics.gradients:
             return
-        request, started = self._request, time.monotonic()
-        with self._profile.timed("statistics"):
-            seconds = collect_gradients(
+        request = self._request
+        self._borrow(
+            lambda: collect_gradients(
                 request.source,
                 request.calibration_ids,
                 request.dtype,
@@ -294,10 +308,39 @@ class _Stream:
                 # All blocks' inputs exist at once, far more than the budget or the memory was planned for.
                 lambda name: Activations(self._work / "backward" / name, in_memory=False),
                 self._progress,
+                self._stop,
             )
+        )
+
+    def _collect_statistics(self) -> StoredStatistics | None:
+        """The statistics that runs share, if this one does."""
+        request, folder = self._request, self._request.shared_statistics
+        if folder is None:
+            return None
+        asked = FloatPass(
+            source=request.source,
+            batches=self._batches,
+            ranges=shard_ranges(len(self._batches), request.engine.calibration_shards),
+            dtype=request.dtype,
+            layers=self._options.keys(),
+            statistics=self._statistics,
+            statistics_bytes=self._memory.statistics_bytes,
+            gradients=self._gradients_folder,
+            work=self._work / "float pass",
+            in_memory=self._memory.activations_in_memory,
+        )
+        self._borrow(lambda: collect_in_float_model(asked, folder, self._progress, self._stop))
+        return StoredStatistics(folder)
+
+    def _borrow(self, collect: Callable[[], float]) -> None:
+        """Collect something, or find it collected by another run; either way its seconds count for this one."""
+        started = time.monotonic()
+        with self._profile.timed("statistics"):
+            seconds = collect()
         if not self._done:  # otherwise the journal counts it already
-            self._borrowed_s = max(0.0, seconds - (time.monotonic() - started))
-            self._profile.seconds["statistics"] += self._borrowed_s
+            borrowed_s = max(0.0, seconds - (time.monotonic() - started))
+            self._profile.seconds["statistics"] += borrowed_s
+            self._borrowed_s += borrowed_s
 
     def _gradients(self, index: int, originals: Mapping[str, nn.Module]) -> Gradients | None:
         if not self._statistics.gradients:
@@ -314,18 +357,22 @@ class _Stream:
             shard, digest = self._writer.add_shard("rest", tensors, narrow_to=self._storage_dtype)
             self._journal.append({"kind": REST, "shard": shard, "sha256": digest})
 
-    def _open_shards(self) -> Shards:
-        """The batches before the first block, here or on the machines of the executor."""
+    def _open_shards(self, collected: bool) -> Shards:
+        """The batches before the first block, here or on the machines of the executor.
+
+        Args:
+            collected: whether the statistics are known, so that only the batch of the final check has to come along.
+        """
         ranges = shard_ranges(len(self._batches), self._request.engine.calibration_shards)
-        remote = self._executor.remote and len(ranges) > 1
+        remote = self._executor.remote and len(ranges) > 1 and not collected
         if remote and self._driver.replay_on_resume:
             remote = False
             self._progress.advance(0, "calibration stays on this machine: blocks hand on more than hidden states")
-        names = [QUANTIZED, FLOAT] if self._statistics.float_inputs else [QUANTIZED]
+        names = [QUANTIZED, FLOAT] if self._statistics.float_inputs and not collected else [QUANTIZED]
         self._chains = {
             name: Chain(
                 self._driver,
-                self._batches[:1] if remote else self._batches,
+                self._batches[:1] if remote or collected else self._batches,
                 self._work / name,
                 in_memory=self._memory.activations_in_memory and not remote,
                 profile=self._profile,
@@ -359,6 +406,12 @@ class _Stream:
 
     def _resume(self) -> None:
         """Go behind the blocks that a former process finished."""
+        if self._done[-1].hidden.keys() != self._chains.keys():
+            raise CheckpointError(
+                f"{self._work.parent}: the run was begun in a comparison, where runs share the statistics of the float "
+                "model, and can be continued only there (or the other way round); repeat its command, or remove the "
+                "folder to start anew"
+            )
         for finished in self._done:
             self._writer.restore_shard(finished.shard, finished.sha256)
         if self._driver.replay_on_resume:

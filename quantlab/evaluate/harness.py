@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantlab.errors import DataError, did_you_mean
-from quantlab.evaluate.tasks import BUILT_IN, local_tasks, write_built_in, write_task
+from quantlab.evaluate.tasks import BUILT_IN, PUBLISHED_LAYOUTS, local_tasks, write_built_in, write_task
 from quantlab.progress import NoProgress, Progress
 
 GROUPS = {
@@ -186,9 +186,11 @@ def _data_explained(names: Sequence[str]) -> Iterator[None]:
         yield
     except (ConnectionError, FileNotFoundError) as error:  # of `datasets`, for data that are not on this machine
         raise DataError(
-            f"the data of one of {', '.join(names)} cannot be had ({type(error).__name__}: {error}); without "
-            "network put them as JSON lines into a folder, NAME.jsonl or NAME/*.jsonl, and name it as the folder of "
-            "local tasks (--tasks-dir, or evaluation.tasks_dir in a recipe)"
+            f"the data of one of {', '.join(names)} cannot be had ({type(error).__name__}: {error})\n"
+            f"  Without network: those of {', '.join(PUBLISHED_LAYOUTS)} may lie as JSON lines in a folder, NAME.jsonl "
+            "or NAME/*.jsonl,\n  that --tasks-dir, or evaluation.tasks_dir in a recipe, names; tasks of other layouts, "
+            "such as gsm8k, have to be loaded once\n  on a machine with network, whose cache (the folder HF_HOME, "
+            "~/.cache/huggingface) is then copied here"
         ) from error
 
 

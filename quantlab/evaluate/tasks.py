@@ -262,6 +262,9 @@ _LAYOUTS = (
     _layout("LAMBADA", "text", "cloze", _lambada),
 )
 
+PUBLISHED_LAYOUTS = tuple(dict.fromkeys(layout.name for layout in _LAYOUTS if layout.name[0].isupper()))
+"""Data sets whose documents are understood as they are published."""
+
 
 def _stdlib_items() -> list[Document]:
     """The same items for the same standard library."""

@@ -5,7 +5,7 @@ which options, bit widths and groups it accepts.
 """
 
 from quantlab.recipe.dump import annotate_recipe, dump_recipe
-from quantlab.recipe.load import LoadedRecipe, builtin_recipes, load_recipe
+from quantlab.recipe.load import LoadedRecipe, builtin_recipes, lay_over, load_recipe
 from quantlab.recipe.method import check_method
 from quantlab.recipe.schema import (
     CalibrationSection,
@@ -28,5 +28,6 @@ __all__ = [
     "builtin_recipes",
     "check_method",
     "dump_recipe",
+    "lay_over",
     "load_recipe",
 ]

@@ -1,14 +1,15 @@
 """Finding a recipe, reading it, and laying command-line overrides over it."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import quantlab
 from quantlab.errors import RecipeError, did_you_mean
 from quantlab.recipe.build import RecipeBuilder
 from quantlab.recipe.document import DocumentError, Node, read_document
+from quantlab.recipe.dump import dump_recipe
 from quantlab.recipe.problems import Problem, recipe_error
 from quantlab.recipe.schema import Recipe
 
@@ -48,9 +49,29 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, model: str
             are in one message.
     """
     path = _find(source)
-    text = _read(path)
+    return _build(path, _read(path), lambda line: f"{path.name}:{line}", overrides, model)
+
+
+def lay_over(recipe: Recipe, overrides: Sequence[str], name: str) -> LoadedRecipe:
+    """Lay overrides over a recipe that a program has made.
+
+    Args:
+        recipe: what the program has made.
+        overrides: as for `load_recipe`.
+        name: stands for the file, which does not exist; the text is that of the recipe with the overrides in it.
+
+    Raises:
+        RecipeError: as for `load_recipe`.
+    """
+    loaded = _build(Path(name), dump_recipe(recipe), lambda line: name, overrides, None)
+    return replace(loaded, text=dump_recipe(loaded.recipe))
+
+
+def _build(
+    path: Path, text: str, origin: Callable[[int], str], overrides: Sequence[str], model: str | None
+) -> LoadedRecipe:
     try:
-        root = read_document(text, lambda line: f"{path.name}:{line}")
+        root = read_document(text, origin)
     except DocumentError as error:
         raise recipe_error(path, error.problems) from error
     problems = _apply(root, overrides)

@@ -28,8 +28,9 @@ class Value:
 
     Attributes:
         mean: over the seeds; NaN if it was not measured.
-        standard_error: over the seeds; with one seed over the windows of the text or the questions of the tasks,
-            where that says something about the difference between methods, otherwise NaN.
+        standard_error: over the seeds; with one seed, or where no seed changes the value, over the windows of the text
+            or the questions of the tasks, where that says something about the difference between methods, otherwise
+            NaN.
     """
 
     mean: float
@@ -75,7 +76,8 @@ class ComparisonRow:
         accuracy: mean over the tasks.
         quantize_s: time to quantize.
         peak_rss_bytes: of the process until it had quantized.
-        tokens_per_s: of generation; NaN if not measured.
+        tokens_per_s: of generation; NaN if not measured. The float model's in `reference` was measured in turns with
+            it, so that their ratio says more than either.
         fallbacks: layers on which the method departed from its options, over all seeds.
         reference: the float model, as measured beside it; None without finished runs.
     """
@@ -153,7 +155,7 @@ def _measured(values: Sequence[float]) -> float:
 def _over_seeds(values: Sequence[float], alone: float) -> Value:
     if any(map(math.isnan, values)):
         return UNKNOWN
-    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else alone
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(set(values)) > 1 else alone
     return Value(mean=statistics.mean(values), standard_error=spread)
 
 
@@ -239,7 +241,7 @@ def _cells(row: ComparisonRow, peers: Sequence[ComparisonRow], texts: Sequence[s
         _shown_accuracy(row, peers),
         format_duration(row.quantize_s),
         format_bytes(row.peak_rss_bytes),
-        _speed(row.tokens_per_s),
+        _speed(row.tokens_per_s, math.nan if row.reference is None else row.tokens_per_s / row.reference.tokens_per_s),
         str(row.fallbacks),
     ]
 
@@ -271,14 +273,17 @@ def _percent(share: float) -> str:
     return NOT_MEASURED if math.isnan(share) else f"{share:.1%}"
 
 
-def _speed(tokens_per_s: float) -> str:
-    return NOT_MEASURED if math.isnan(tokens_per_s) else f"{tokens_per_s:.3g}"
+def _speed(tokens_per_s: float, of_float: float = math.nan) -> str:
+    if math.isnan(tokens_per_s):
+        return NOT_MEASURED
+    return f"{tokens_per_s:.3g}" + ("" if math.isnan(of_float) else f" ({of_float:.2f} ×)")
 
 
 def caption(rows: Sequence[ComparisonRow]) -> str:
     """What the marks mean, of those that occur."""
     seeds = max((row.seeds for row in rows), default=0)
-    errors = "over seeds" if seeds > 1 else "over windows of text and questions, one seed"
+    alone = "over windows of text and questions"
+    errors = f"over seeds; {alone} where seeds change nothing" if seeds > 1 else f"{alone}, one seed"
     notes = [f"± standard error {errors}", f"* best at its width by more than {NOISE:g} standard errors"]
     if any(row.over_budget for row in rows):
         notes.append(f"+ stores over {BUDGET_TOLERANCE - 1:.0%} more than the leanest method at its width")
@@ -287,8 +292,8 @@ def caption(rows: Sequence[ComparisonRow]) -> str:
     missing = [
         flag
         for flag, values in (
-            ("--tasks", [row.accuracy.mean for row in rows]),
-            ("--profile", [row.tokens_per_s for row in rows]),
+            ("--tasks", [row.accuracy.mean for row in rows if row.seeds]),
+            ("--profile", [row.tokens_per_s for row in rows if row.seeds]),
         )
         if any(map(math.isnan, values))
     ]
@@ -327,11 +332,12 @@ def csv_table(rows: Sequence[ComparisonRow]) -> str:
     plain = ["variant", "bits", "seeds", "bits_per_weight", "checkpoint_bytes", "quantize_s", "peak_rss_bytes"]
     plain += ["tokens_per_s", "fallbacks", "over_budget", "failure"]
     measured = [f"{name} {text}" for text in texts for name in ("perplexity", "perplexity_se", "float", "kl", "kl_se")]
-    writer.writerow([*plain, "accuracy", "accuracy_se", *measured])
+    writer.writerow([*plain, "float_tokens_per_s", "accuracy", "accuracy_se", "float_accuracy", *measured])
     for row in rows:
         values: list[object] = [getattr(row, name) for name in plain]
-        values += [row.accuracy.mean, row.accuracy.standard_error]
         if row.reference is not None:
+            accuracy = row.accuracy
+            values += [row.reference.tokens_per_s, accuracy.mean, accuracy.standard_error, row.reference.accuracy]
             for text in texts:
                 perplexity, kl = row.perplexity[text], row.kl[text]
                 values += [perplexity.mean, perplexity.standard_error, row.reference.perplexity[text]]

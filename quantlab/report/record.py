@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantlab.checkpoint.names import MANIFEST_NAME, PROFILE_FILE
+from quantlab.checkpoint.names import EVALUATION_NAME, MANIFEST_NAME, PROFILE_FILE
 from quantlab.errors import UsageError
 
 
@@ -87,7 +87,7 @@ def read_record(run_folder: Path) -> RunRecord:
     Raises:
         UsageError: the folder is not that of a finished run, or its profile is damaged.
     """
-    manifest, evaluation = (_read(run_folder / name) for name in (MANIFEST_NAME, "eval.json"))
+    manifest, evaluation = (_read(run_folder / name) for name in (MANIFEST_NAME, EVALUATION_NAME))
     return RunRecord(
         folder=run_folder,
         manifest=manifest,

@@ -89,7 +89,7 @@ def comparison(executor: Executor) -> object:
         )
         overrides = ["engine.deterministic=true"]
         cells = plan_cells(parse_variants(METHODS, []), [4, 3], 1, common, overrides, Path(folder))
-        run_cells(cells, NoProgress(), lambda: False, lambda *_: None, executor)
+        run_cells(cells, "tests/bench/scaling.py", NoProgress(), lambda: False, lambda *_: None, executor)
         return [json.loads((cell.folder / "eval.json").read_text())["perplexity"] for cell in cells]
 
 

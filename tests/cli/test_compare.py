@@ -102,6 +102,49 @@ def test_gradients_of_the_float_model_are_collected_once_and_count_for_every_run
     assert json.loads((tmp_path / "alone" / "manifest.json").read_text())["files"] == shared["files"]
 
 
+def test_statistics_of_float_inputs_are_collected_once_and_change_nothing(compare, tmp_path, monkeypatch):
+    computed = []
+    collect = stream.collect_in_float_model
+
+    def remember(asked, folder, *rest):
+        computed.append(not folder.exists())
+        return collect(asked, folder, *rest)
+
+    monkeypatch.setattr(stream, "collect_in_float_model", remember)
+    assert compare("rtn", "gptq", "--bits", "4,3", "--set", "calibration.inputs=float", "-q") == 0
+    assert computed == [True, False, False, False]
+    for name in ("rtn-w4-s0", "gptq-w3-s0"):
+        cell, alone = tmp_path / "out" / "cells" / name, tmp_path / "alone" / name
+        assert invoke(["run", f"{cell}.yaml", "--output-dir", str(alone), "-q"]) == 0
+        assert file_hashes(alone / "manifest.json") == file_hashes(cell / "manifest.json")
+    assert len(computed) == 4
+    assert not (tmp_path / "out/cells/reference").exists()
+
+
+def test_statistics_that_would_fill_the_disk_are_not_shared(compare, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "DISK_SHARE", 1e-12)
+    monkeypatch.setattr(stream, "collect_in_float_model", None)
+    assert compare("rtn", "--set", "calibration.inputs=float", "-q") == 0
+    log = (tmp_path / "out/cells/rtn-w4-s0/log.txt").read_text()
+    assert "every run collects its statistics: to share them would take up to" in log
+
+
+def test_the_recipe_of_a_cell_repeats_it(compare, tmp_path):
+    assert compare("kmeans", "--set", "kmeans.iterations=2", "--set", "calibration.target_alpha=0.5", "-q") == 0
+    cell = tmp_path / "out/cells/kmeans-w4-s0"
+    command = json.loads((cell / "manifest.json").read_text())["command"].split()
+    assert command[:2] == ["quantlab", "run"]
+    assert invoke([*command[1:], "--output-dir", str(tmp_path / "again"), "-q"]) == 0
+    assert file_hashes(tmp_path / "again" / "manifest.json") == file_hashes(cell / "manifest.json")
+
+
+def test_a_comparison_of_which_every_run_fails_says_why(compare, tmp_path, capsys):
+    assert compare("rtn", "--group-size", "7", "-q") == 3
+    assert "in_features=192 is not a multiple of group_size=7" in capsys.readouterr().err
+    assert rows(tmp_path)[0]["seeds"] == 0
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
 def test_finished_cells_are_never_computed_again_and_more_can_be_added(compare, executed, tmp_path):
     assert compare("rtn", "-q") == 0
     assert compare("rtn", "ganq", "--bits", "4,2", *GANQ, "-q") == 0
@@ -196,9 +239,34 @@ def test_the_same_folder_with_another_setting_is_refused(compare, capsys):
         (["rtn", "--set", "rtn.clip=1"], 78, "rtn"),
         (["rtn", "--set", "gptq.damping=1"], 2, "only rtn take part"),
         (["rtn", "--set", "calibratoin.name=c4"], 78, "calibratoin is not a key"),
+        (["rtn", "--set", "rtn"], 2, "is not of the form METHOD.OPTION=VALUE"),
+        (["rtn", "--set", "method.bits=3"], 2, "use --bits, --group-size, --seeds"),
+        (["rtn", "--set", "seed=3"], 2, "use --bits, --group-size, --seeds"),
+        (["rtn", "gptq", "rtn"], 2, "would be the same run rtn-w4-s0"),
+        (["rtn", "--bits", "4,3,4"], 2, "would be the same run rtn-w4-s0"),
+        (["rtn@nice"], 78, "rtn has no preset 'nice'"),
+        (["no_such.yaml"], 78, "no file and no built-in recipe no_such.yaml"),
+        (["rtn", "--seeds", "0"], 2, "--seeds"),
+        (["rtn", "--model", "no/such/folder"], 78, "no/such/folder"),
+        (["rtn", "--csv", "no_such_folder/table.csv"], 2, "the folder no_such_folder does not exist"),
     ],
 )
-def test_mistakes_are_found_before_any_work(compare, executed, arguments, code, message, capsys):
+def test_mistakes_are_found_before_any_work(compare, executed, arguments, code, message, capsys, tmp_path):
     assert compare(*arguments) == code
     assert message in capsys.readouterr().err
     assert executed == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_setting_leaves_the_recipes_as_they_are(compare, tmp_path):
+    assert compare("rtn", "-q") == 0
+    recipe = (tmp_path / "out/cells/rtn-w4-s0.yaml").read_bytes()
+    assert compare("rtn", "--set", "rtn.clip_search=weight", "-q") == 2
+    assert (tmp_path / "out/cells/rtn-w4-s0.yaml").read_bytes() == recipe
+    assert len((tmp_path / "out/commands.txt").read_text().splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_clear_error(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert invoke(["compare", "rtn", *SMALL, "--output-dir", str(tmp_path / "file" / "out"), "-q"]) == 2
+    assert "choose another --output-dir" in capsys.readouterr().err

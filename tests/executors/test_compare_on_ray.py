@@ -37,6 +37,16 @@ def test_three_nodes_write_what_one_process_writes(cluster, on_tiny, local, tmp_
     assert not (tmp_path / "cells/reference").exists()
 
 
+def test_runs_side_by_side_share_the_statistics_of_the_float_model(cluster, on_tiny, tmp_path):
+    arguments = [*METHODS, *on_tiny, "--set", "calibration.inputs=float", "-q", "--output-dir"]
+    assert invoke([*arguments, str(tmp_path / "local")]) == 0
+    assert invoke([*arguments, str(tmp_path / "ray"), "--executor", "ray", "--address", cluster.address]) == 0
+    assert cells(tmp_path / "ray") == cells(tmp_path / "local")
+    logs = [path.read_text() for path in tmp_path.glob("ray/cells/*/log.txt")]
+    assert len(logs) == 3
+    assert sum("statistics of the float model" in log for log in logs) == 1
+
+
 def test_a_lost_node_is_made_up_for_and_a_lost_head_is_an_exit_to_resume_from(own_cluster, on_tiny, local, tmp_path):
     doomed = own_cluster(3)
     arguments = [*METHODS, *on_tiny, "--executor", "ray", "--address", doomed.address, "--output-dir"]

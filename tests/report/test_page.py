@@ -217,7 +217,8 @@ def test_seeds_tell_runs_of_one_variant_apart(comparison):
         folder.mkdir()
         for name in ("manifest.json", "eval.json"):
             (folder / name).write_text((comparison / "cells" / "ganq-w4-s0" / name).read_text())
-        rewrite(folder, seed=seed)
+        calibration = json.loads((folder / "manifest.json").read_text())["calibration"]
+        rewrite(folder, seed=seed, calibration=calibration | {"token_sha256": f"{seed}" * 64})
     runs, _ = find_runs([comparison])
     assert [run.label for run in runs][:3] == ["ganq 4-bit, seed 0", "ganq 4-bit, seed 1", "ganq 4-bit, seed 2"]
     # The other seeds are as close to the float model, but they are no rivals.

@@ -68,6 +68,13 @@ def test_seeds_become_a_mean_and_its_standard_error():
     assert result.kl["stdlib"].standard_error == pytest.approx(0.1 / math.sqrt(3))
 
 
+def test_what_no_seed_changes_has_the_error_of_one_run():
+    same = comparison_row("rtn", 4, [record(), record(), record()], None)
+    assert same.kl["stdlib"] == Value(mean=pytest.approx(0.1), standard_error=0.01)
+    assert math.isnan(same.perplexity["stdlib"].standard_error)
+    assert "over windows of text and questions where seeds change nothing" in caption([same])
+
+
 def test_one_seed_has_an_error_of_the_divergence_only():
     result = comparison_row("ganq", 4, [record()], None)
     assert math.isnan(result.perplexity["stdlib"].standard_error)
@@ -129,6 +136,17 @@ def test_what_was_not_measured_is_a_dash_and_the_caption_says_how_to_measure_it(
     assert line["accuracy"] == line["tokens_per_s"] == ""
 
 
+def test_a_method_without_a_result_is_no_reason_to_call_something_unmeasured():
+    profile = {"models": {"demo": {"tokens_per_s": 50.0}, "runs/one": {"tokens_per_s": 123.4}}}
+    measured = comparison_row("ganq", 4, [record(tasks={"one": task(0.9, 0.6, 0.03)}, profile=profile)], None)
+    rows = [measured, comparison_row("gptq", 4, [], "singular")]
+    assert "not measured" not in caption(rows)
+    line, failed = csv.DictReader(io.StringIO(csv_table(rows)))
+    names = ("tokens_per_s", "float_tokens_per_s", "accuracy", "accuracy_se", "float_accuracy", "float stdlib")
+    assert [float(line[name]) for name in names] == [123.4, 50.0, 0.6, 0.03, 0.9, 8.0]
+    assert [failed["failure"], failed["accuracy"], failed["kl stdlib"]] == ["singular", None, None]
+
+
 def test_accuracy_is_the_mean_over_tasks_with_the_error_over_questions():
     tasks = {"one": task(0.9, 0.6, 0.03), "two": task(0.7, 0.8, 0.04)}
     result = comparison_row("ganq", 4, [record(tasks=tasks)], None)
@@ -149,7 +167,7 @@ def test_speed_is_that_of_the_last_model_of_the_profile():
     profile = {"models": {"demo": {"tokens_per_s": 50.0}, "runs/one": {"tokens_per_s": 123.4}}}
     result = comparison_row("ganq", 4, [record(), record(profile=profile)], None)  # of two seeds one was measured
     assert (result.tokens_per_s, result.reference.tokens_per_s) == (123.4, 50.0)
-    assert table_rows([result])[2][-2] == "123"
+    assert table_rows([result])[2][-2] == "123 (2.47 ×)"
 
 
 def test_a_damaged_profile_is_one_clear_error():

@@ -6,7 +6,7 @@ import torch
 
 from quantlab.calibration.tokens import load_tokenizer
 from quantlab.errors import DataError
-from quantlab.evaluate.harness import TaskOptions, evaluate_tasks
+from quantlab.evaluate.harness import TaskOptions, _data_explained, evaluate_tasks
 from quantlab.evaluate.tasks import local_tasks, write_built_in, write_task
 from quantlab.models import resolve_model
 from quantlab.progress import NoProgress
@@ -145,6 +145,17 @@ def test_local_files_of_all_shapes_run_through_lm_eval(demo):
     assert all(task["samples"] == 4 and task["local"] for task in result.values())
     assert result["lambada"]["metrics"].keys() == {"perplexity", "acc"}
     assert result["arc_easy"]["metrics"].keys() == {"acc", "acc_norm"}
+
+
+def test_data_that_cannot_be_had_offline_are_explained_for_tasks_of_any_layout():
+    with (
+        pytest.raises(DataError, match=r"the data of one of gsm8k cannot be had") as caught,
+        _data_explained(["gsm8k"]),
+    ):
+        raise ConnectionError("no network")
+    layouts = str(caught.value).partition("those of ")[2].partition(" may lie")[0].split(", ")
+    assert layouts == ["ARC", "PIQA", "WinoGrande", "HellaSwag", "BoolQ", "RTE", "LAMBADA"]
+    assert "such as gsm8k, have to be loaded once" in str(caught.value)
 
 
 @pytest.mark.slow  # lm-eval reads its thousands of task files

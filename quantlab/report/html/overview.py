@@ -43,10 +43,10 @@ def overview(runs: Sequence[Run], failures: Sequence[Failure]) -> Part:
             tag(
                 "small",
                 "KL is the mean divergence from the float model in nats per token, ± its standard error. It is marked "
-                "if it is lower than that of every other run of the same model and code width by more than twice the "
-                "standard error of the difference. Below bits per weight stands by how much they exceed the leanest of "
-                "these runs. Loss/RTN is the loss of a layer as a multiple of round-to-nearest's at the same bits, "
-                "the geometric mean over the layers.",
+                "if it is lower than that of every other run of the same model and code width, its own with other "
+                "seeds aside, by more than twice the standard error of the difference. Below bits per weight stands by "
+                "how much they exceed the leanest of these runs. Loss/RTN is the loss of a layer as a multiple of "
+                "round-to-nearest's at the same bits, the geometric mean over the layers.",
             ),
         )
     )
@@ -163,13 +163,16 @@ def _row(
         NOTHING if math.isnan(ratio) else Cell(content=f"{ratio:.3f}", value=ratio),
         Cell(content=format_duration(seconds), value=seconds),
         Cell(content=format_bytes(peak), value=peak),
-        *([_speed(run.record.tokens_per_s("quantized"))] if with_speed else []),
+        *([_speed(run.record.tokens_per_s("quantized"), run.record.tokens_per_s("float"))] if with_speed else []),
         Cell(content=str(fallbacks), value=fallbacks),
     ]
 
 
-def _speed(tokens_per_s: float) -> Cell:
-    return NOTHING if math.isnan(tokens_per_s) else Cell(content=f"{tokens_per_s:.3g}", value=tokens_per_s)
+def _speed(tokens_per_s: float, in_float: float = math.nan) -> Cell:
+    if math.isnan(tokens_per_s):
+        return NOTHING
+    note = None if math.isnan(in_float) else f"{tokens_per_s / in_float:.2f} × float"
+    return Cell(content=f"{tokens_per_s:.3g}", value=tokens_per_s, note=note)
 
 
 def _perplexity(run: Run, text: str) -> Cell:

@@ -1,5 +1,6 @@
 """What is needed to understand and to repeat a run."""
 
+from quantlab.checkpoint.names import RESOLVED_RECIPE_NAME
 from quantlab.report.html.markup import Html, breakable, join, tag
 from quantlab.report.html.parts import Part, verbatim
 from quantlab.report.html.runs import Run
@@ -39,6 +40,6 @@ def provenance(run: Run) -> Part:
 def _recipe(run: Run) -> str:
     """The recipe with every default filled in; empty in a folder without it."""
     try:
-        return (run.folder / "recipe.resolved.yaml").read_text(encoding="utf-8")
+        return (run.folder / RESOLVED_RECIPE_NAME).read_text(encoding="utf-8")
     except (OSError, ValueError):
         return ""

@@ -48,11 +48,14 @@ def best_two(runs: Sequence[Run], text: str) -> tuple[Run, Run] | None:
 
 
 def _is_repetition(run: Run, other: Run) -> bool:
-    """Whether two runs differ in nothing but their seed."""
-    same = ("method", "group_size", "calibration", "bits_per_weight", "dtype")
-    return run.manifest.get("seed") != other.manifest.get("seed") and all(
-        run.manifest.get(name) == other.manifest.get(name) for name in same
-    )
+    """Whether two runs differ in nothing but their seed, and so in the windows of text that it draws."""
+
+    def same(run: Run) -> list[object]:
+        named = [run.manifest.get(name) for name in ("method", "group_size", "bits_per_weight", "dtype")]
+        drawn = run.manifest.get("calibration", {})
+        return [*named, {key: value for key, value in drawn.items() if key != "token_sha256"}]
+
+    return run.manifest.get("seed") != other.manifest.get("seed") and same(run) == same(other)
 
 
 def clear_winner(runs: Sequence[Run], text: str) -> Run | None:

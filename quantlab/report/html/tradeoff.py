@@ -148,7 +148,8 @@ def _label(plot: Axes, best: Sequence[Point]) -> None:
     plot.autoscale_view()
     if len(best) > 1:
         left, right = plot.get_xlim()
-        plot.set_xlim(left - 0.2 * (right - left), right)
+        room = max(0.2, 0.018 * max(len(label(run.label, 26)) for run, _, _ in best))  # for the longest name
+        plot.set_xlim(left - room * (right - left), right)
     placed: list[float] = []
     for run, size, height in best:
         _, up = plot.transLimits.transform(plot.transScale.transform((size, height)))
