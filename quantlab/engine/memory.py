@@ -39,11 +39,11 @@ SOLVER_MATRICES = 2
 """Matrices of the size of the Hessian that a method holds beside it: its copy in order, and the factor. While the factor
 is made there is a third one, but nothing yet of the rows."""
 
-SOLVER_ROW_COPIES = 4
-"""Float32 copies of the rows being solved: weights, rounded values, errors, codes, and those of the checks."""
+SOLVER_ROW_COPIES = 2
+"""Float32 copies of the rows being solved: weights, rounded values, errors, codes. Methods hold between 1 and 3."""
 
-ROWS_RESERVE = 4
-"""Room that the budget leaves for rows, in multiples of that: methods that cluster every row hold that much."""
+ROWS_RESERVE = 8
+"""Room that the budget leaves for rows, in multiples of that: a method may hold more than those measured."""
 
 MIN_ROWS = 64
 """Fewer rows at a time would spend the time on what is done once for all of them."""
