@@ -90,9 +90,8 @@ def test_the_peak_is_that_of_the_largest_phase():
     assert parts["rows"] < parts["factoring"]
     assert plan(64).peak_bytes == parts["runtime"] + parts["hidden states"] + inside + parts["factoring"]
     uncalibrated = plan_memory(SEVEN, 1, LENGTH, EngineOptions(), StatisticsOptions(), calibrated=False)
-    parts = uncalibrated.parts
-    inside = 1.5 * parts["block"] + parts["statistics"] + parts["layers"] + parts["rows"]
-    assert uncalibrated.peak_bytes == parts["runtime"] + parts["hidden states"] + inside
+    occupied = {name: uncalibrated.parts[name] for name in ("runtime", "hidden states", "statistics", "layers", "rows")}
+    assert uncalibrated.peak_bytes == 1.5 * parts["block"] + sum(occupied.values())
     wide = dataclasses.replace(SEVEN, outside_bytes=8 * GIB)
     assert plan(64, sizes=wide).peak_bytes == 8 * GIB + sum(
         parts[name] for name in ("runtime", "hidden states", "block")
