@@ -40,13 +40,13 @@ HEADERS = (
 )
 TILED_BITS = (2, 3, 4)
 SLICE_COLUMNS = 32
+TILE_ROWS = 8
 DENSE_SAMPLES = 128
 WORKSPACE_BYTES = 8 << 20
 
 _SCALAR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _STORED_TYPES = (torch.float32, torch.float16)
 _OUT_OF_MEMORY = 1
-_TILE_ROWS = 8  # the first row of a dequantized block is a multiple of it
 
 
 class _LutMatmul(ctypes.Structure):
@@ -242,7 +242,7 @@ def _multiply_dense(library: ctypes.CDLL, arguments: _LutMatmul, x: Tensor, bias
 
 
 def _round_up(rows: int) -> int:
-    return -(-rows // _TILE_ROWS) * _TILE_ROWS
+    return -(-rows // TILE_ROWS) * TILE_ROWS
 
 
 def _address(operand: Tensor | None) -> int | None:
