@@ -41,8 +41,8 @@ HEADERS = (
 TILED_BITS = (2, 3, 4)
 SLICE_COLUMNS = 32
 TILE_ROWS = 8
-DENSE_SAMPLES = 128
-WORKSPACE_BYTES = 8 << 20
+DENSE_SAMPLES = 64
+WORKSPACE_BYTES = 2 << 20  # for every thread; what is larger leaves the cache before it is multiplied with
 
 _SCALAR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _STORED_TYPES = (torch.float32, torch.float16)
@@ -225,7 +225,7 @@ def _multiply_dense(library: ctypes.CDLL, arguments: _LutMatmul, x: Tensor, bias
     """Dequantize as many rows as fit into the workspace, multiply, go on with the next. The status of the library."""
     out_features, in_features = result.shape[-1], x.shape[-1]
     samples, outputs = x.reshape(-1, in_features), result.view(-1, out_features)
-    fitting = max(WORKSPACE_BYTES // (x.itemsize * in_features), 1)
+    fitting = max(WORKSPACE_BYTES * arguments.threads // (x.itemsize * in_features), 1)
     rows_at_once = min(_round_up(fitting), _round_up(out_features))
     weight = x.new_empty(rows_at_once, in_features)
     for first in range(0, out_features, rows_at_once):
