@@ -41,6 +41,7 @@ HEADERS = (
 TILED_BITS = (2, 3, 4)
 SLICE_COLUMNS = 32
 TILE_ROWS = 8
+LARGE_PAGE_BYTES = 2 << 20
 DENSE_SAMPLES = 64
 WORKSPACE_BYTES = 2 << 20  # for every thread; what is larger leaves the cache before it is multiplied with
 
@@ -101,7 +102,7 @@ def tile(packed_codes: Tensor, in_features: int) -> Tensor:
     library = _library()
     bits, out_features = packed_codes.shape[:2]
     matrix = (out_features, in_features, bits)
-    tiles = torch.empty(_tile_words(*matrix), dtype=torch.int32)
+    tiles = _empty_words(_tile_words(*matrix))
     packed_codes = packed_codes.contiguous()
     library.quantlab_lut_tile(packed_codes.data_ptr(), tiles.data_ptr(), *matrix, usable_threads())
     return tiles
@@ -239,6 +240,14 @@ def _multiply_dense(library: ctypes.CDLL, arguments: _LutMatmul, x: Tensor, bias
         else:
             torch.addmm(bias[rows], samples, weight[:count].T, out=outputs[:, rows])
     return 0
+
+
+def _empty_words(count: int) -> Tensor:
+    """Memory for int32 words, at the start of a large page if it fills one. What lies before it is never touched."""
+    spare = LARGE_PAGE_BYTES // 4 if 4 * count >= LARGE_PAGE_BYTES else 0
+    memory = torch.empty(count + spare, dtype=torch.int32)
+    start = -memory.data_ptr() % LARGE_PAGE_BYTES // 4 if spare else 0
+    return memory[start : start + count]
 
 
 def _round_up(rows: int) -> int:

@@ -237,6 +237,15 @@ def test_tiles_give_back_the_bit_planes(isa, bits):
         assert torch.equal(cpu.untile(cpu.tile(packed_codes, columns), bits, rows, columns), packed_codes)
 
 
+def test_large_tiles_start_with_a_large_page(isa):
+    if isa is Isa.PORTABLE:
+        pytest.skip("it reads bit planes")
+    packed_codes = torch.randint(-(2**31), 2**31, (4, 1025, 128), dtype=torch.int32)
+    tiles = [cpu.tile(packed_codes, 4096) for _ in range(3)]
+    assert all(each.data_ptr() % cpu.LARGE_PAGE_BYTES == 0 for each in tiles)
+    assert all(torch.equal(cpu.untile(each, 4, 1025, 4096), packed_codes) for each in tiles)
+
+
 def test_results_do_not_depend_on_the_number_of_threads(isa):
     threads = torch.get_num_threads()
     try:
