@@ -206,10 +206,12 @@ class LutLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """X Wᵀ + bias: (..., in_features) to (..., out_features), in the type of x.
+        """X Wᵀ + bias: (..., in_features) to (..., out_features), in the type of x, or in that of autocast.
 
         Differentiable in x; the derivative dequantizes the weight.
         """
+        if _is_autocast(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if torch.is_grad_enabled() and x.requires_grad:
             differentiable: Tensor = _Multiplication.apply(x, self)  # type: ignore[no-untyped-call]
             return differentiable
@@ -372,8 +374,8 @@ class FusedLayers:
         """The output of a layer, or None if it should compute it alone."""
         joined = self._joined
         # One sample: outputs of several would have to be copied out of their rows. In inference mode tensors do not
-        # tell whether they have been changed.
-        if joined is None or x.numel() != joined.in_features or x.is_inference():
+        # tell whether they have been changed, and autocast makes a new one for every layer.
+        if joined is None or x.numel() != joined.in_features or x.is_inference() or _is_autocast(x):
             return None
         outputs, state = self._outputs, _state(x)
         if outputs is not None and outputs.x() is x and outputs.state == state:
@@ -434,7 +436,7 @@ def fuse(layers: Sequence[LutLinear]) -> None:
     """Prepare layers that usually get the same input as one weight, and multiply single samples with it in one call.
 
     Results are the same bit for bit on the CPU; on CUDA the order of sums may depend on the number of rows. Batches,
-    tensors of the inference mode, and compiled code are multiplied layer by layer.
+    tensors of the inference mode, inputs under autocast, and compiled code are multiplied layer by layer.
 
     Args:
         layers: none of them fused already. Those that are stored in different ways are not fused with each other.
@@ -447,6 +449,14 @@ def fuse(layers: Sequence[LutLinear]) -> None:
     for group in alike.values():
         if len(group) > 1:
             FusedLayers(group)
+
+
+def _is_autocast(x: Tensor) -> bool:
+    """Whether autocast decides the type that a linear layer computes in."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return False
+    return torch.is_autocast_enabled(kind)
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:

@@ -144,6 +144,20 @@ def test_batches_and_tensors_of_the_inference_mode_are_multiplied_layer_by_layer
     assert calls == list(ROWS)
 
 
+def test_inputs_under_autocast_are_multiplied_layer_by_layer(layers, calls):
+    expected = outputs(alone(layers), x := torch.randn(1, COLUMNS))
+    narrow = outputs(alone(layers), x.bfloat16())
+    fuse(layers)
+    layers[0](x)
+    calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2 * MOST_LOSSES):
+            assert equal(outputs(layers, x), narrow)
+    assert calls == [*ROWS] * 2 * MOST_LOSSES
+    assert equal(outputs(layers, x), expected)
+    assert calls[-1] == sum(ROWS)
+
+
 def test_layers_that_get_different_inputs_are_separated(layers, calls):
     separate, inputs = alone(layers), torch.randn(20, 3, 1, COLUMNS)
     fuse(layers)
