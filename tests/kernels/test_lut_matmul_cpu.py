@@ -388,3 +388,27 @@ def test_each_call_returns_memory_of_its_own(isa):
     kept = first.clone()
     multiply(weight, -x)
     assert torch.equal(first, kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_weights_than_an_int32_can_count(isa, dtype):
+    rows, columns = 2**15 + 24, 2**16  # 2 ** 31 and 24 rows
+    packed_codes = torch.randint(-(2**31), 2**31, (2, rows, columns // 32), dtype=torch.int32)
+    codebook, x = torch.randn(rows, 1, 4).half(), torch.randn(1, columns).to(dtype)
+    result = multiply((packed_codes, codebook, None), x)
+    for some in (slice(0, 8), slice(2**14 - 4, 2**14 + 4), slice(2**15 - 8, rows)):
+        part = packed_codes[:, some].contiguous(), codebook[some], None
+        assert torch.equal(result[:, some], multiply(part, x))
+    if cpu.reads_tiles(2, columns, 1):
+        assert torch.equal(cpu.untile(cpu.tile(packed_codes, columns), 2, rows, columns), packed_codes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_more_outputs_than_an_int32_can_count(isa, dtype):
+    rows, batch = 2**12 + 8, 2**19
+    weight, x = make_weight(4, rows, 1, 1), torch.randn(batch, 1).to(dtype)
+    result = lut_matmul(x, *weight[:2])
+    for some in (slice(0, 3), slice(2**31 // rows - 2, 2**31 // rows + 2), slice(batch - 3, batch)):
+        assert torch.equal(result[some], lut_matmul(x[some], *weight[:2]))
