@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from quantlab_kernels import cpu, dequantize, native, pack_codes, prepare, uniform_levels
+from quantlab_kernels import cpu, dequantize, native, pack_codes, prepare, split, uniform_levels
 from quantlab_kernels.isa import Isa, detected_isa
 
 lut_matmul = torch.ops.quantlab.lut_matmul
@@ -235,6 +235,21 @@ def test_tiles_give_back_the_bit_planes(isa, bits):
     for rows, columns in ((1, 1), (8, 512), (13, 700)):
         packed_codes = make_weight(bits, rows, columns, 1)[0]
         assert torch.equal(cpu.untile(cpu.tile(packed_codes, columns), bits, rows, columns), packed_codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("grid", [False, True], ids=["lut", "grid"])
+def test_parts_of_a_prepared_weight_are_weights(isa, bits, grid):
+    if isa is Isa.PORTABLE:
+        pytest.skip("it reads bit planes")
+    packed_codes, codebook, zero = weight = make_weight(bits, 48, 640, 20, grid)
+    x, whole = torch.randn(3, 640), prepare(packed_codes, codebook, zero, 640, torch.float32)
+    parts = split(whole, [24, 8, 16])
+    results = [lut_matmul_prepared(x, part.codes, part.codebook, part.zero, part.layout) for part in parts]
+    assert torch.equal(torch.cat(results, dim=1), multiply(weight, x))
+    assert torch.equal(torch.cat([part.restore(part) for part in parts], dim=1), packed_codes)
+    assert {part.codes.untyped_storage().data_ptr() for part in parts} == {whole.codes.untyped_storage().data_ptr()}
+    assert split(whole, [20, 28]) is None
 
 
 def test_large_tiles_start_with_a_large_page(isa):
