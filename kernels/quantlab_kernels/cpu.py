@@ -16,6 +16,7 @@ on the size of the batch.
 
 import ctypes
 import functools
+import weakref
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ WORKSPACE_BYTES = 2 << 20  # for every thread; what is larger leaves the cache b
 _SCALAR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _STORED_TYPES = (torch.float32, torch.float16)
 _OUT_OF_MEMORY = 1
+_LIBC = ctypes.CDLL(None)
 
 
 class _LutMatmul(ctypes.Structure):
@@ -243,11 +245,17 @@ def _multiply_dense(library: ctypes.CDLL, arguments: _LutMatmul, x: Tensor, bias
 
 
 def _empty_words(count: int) -> Tensor:
-    """Memory for int32 words, at the start of a large page if it fills one. What lies before it is never touched."""
-    spare = LARGE_PAGE_BYTES // 4 if 4 * count >= LARGE_PAGE_BYTES else 0
-    memory = torch.empty(count + spare, dtype=torch.int32)
-    start = -memory.data_ptr() % LARGE_PAGE_BYTES // 4 if spare else 0
-    return memory[start : start + count]
+    """Memory for int32 words; enough to fill a large page starts with one."""
+    size = 4 * count
+    if size < LARGE_PAGE_BYTES:
+        return torch.empty(count, dtype=torch.int32)
+    address = ctypes.c_void_p()
+    if _LIBC.posix_memalign(ctypes.byref(address), ctypes.c_size_t(LARGE_PAGE_BYTES), ctypes.c_size_t(size)):
+        raise MemoryError(f"no memory for {size:,} bytes of weights")
+    memory = (ctypes.c_int32 * count).from_address(address.value or 0)
+    # The tensor keeps `memory`. What is alive at exit stays, as it may still be in use.
+    weakref.finalize(memory, _LIBC.free, address).atexit = False
+    return torch.frombuffer(memory, dtype=torch.int32)
 
 
 def _round_up(rows: int) -> int:
