@@ -226,7 +226,8 @@ class LutLinear(nn.Module):
             dtype: the type of the inputs to come.
         """
         with _LAYOUT_LOCK:
-            if self._is_prepared_for(dtype) or (self._fused is not None and self._fused.prepare(dtype)):
+            fused = self._fused  # read once, since another thread may separate the layers
+            if self._is_prepared_for(dtype) or (fused is not None and fused.prepare(dtype)):
                 return
             self._restore()
             packed_codes, (codebook, zero) = self.get_buffer("packed_codes"), self._codebook()
@@ -234,8 +235,8 @@ class LutLinear(nn.Module):
 
     def separate(self) -> None:
         """Undo `fuse` for this layer and those that it was fused with."""
-        if self._fused is not None:
-            self._fused.separate()
+        if (fused := self._fused) is not None:
+            fused.separate()
 
     def get_buffer(self, target: str) -> Tensor:
         """A buffer by name. Bit planes that were freed are made again, as a copy."""
@@ -252,7 +253,8 @@ class LutLinear(nn.Module):
         if not torch.compiler.is_compiling():
             if not self._is_prepared_for(x.dtype):
                 self.prepare(x.dtype)
-            if self._fused is not None and (output := self._fused.multiply(self, x)) is not None:
+            fused = self._fused  # read once, as above
+            if fused is not None and (output := fused.multiply(self, x)) is not None:
                 return output
         prepared = self._prepared
         if prepared is None or not self._is_prepared_for(x.dtype):
@@ -279,8 +281,8 @@ class LutLinear(nn.Module):
     def _restore(self) -> None:
         """Return to the stored form."""
         with _LAYOUT_LOCK:
-            if self._fused is not None:
-                self._fused.forget()
+            if (fused := self._fused) is not None:
+                fused.forget()
             if self._prepared is not None:
                 self.packed_codes = self.get_buffer("packed_codes")
                 self.prepared_codes = None
@@ -333,8 +335,8 @@ class FusedLayers:
     """Layers that read the same input, prepared as one weight; see `fuse`.
 
     The layer that is called first with a sample computes the outputs of all, and each of the others takes its own when
-    it is called with the same tensor: the same object, unchanged since. Who is called with anything else computes its
-    output alone. Outputs that nobody took are dropped, and layers that leave some again and again are separated.
+    it is called with the same tensor: the same object, unchanged since. A layer that is called with anything else is
+    the first again. Outputs that nobody took are dropped, and layers that leave some again and again are separated.
     """
 
     def __init__(self, layers: Sequence[LutLinear]) -> None:
@@ -435,8 +437,10 @@ class FusedLayers:
 def fuse(layers: Sequence[LutLinear]) -> None:
     """Prepare layers that usually get the same input as one weight, and multiply single samples with it in one call.
 
-    Results are the same bit for bit on the CPU; on CUDA the order of sums may depend on the number of rows. Batches,
-    tensors of the inference mode, inputs under autocast, and compiled code are multiplied layer by layer.
+    Nothing is stored twice: each layer keeps a view of its rows. Like everything that is prepared, the common weight
+    does not follow tensors of the layers that are replaced by hand. Results are the same bit for bit on the CPU; on
+    CUDA the order of sums may depend on the number of rows. Batches, tensors of the inference mode, inputs under
+    autocast, and compiled code are multiplied layer by layer.
 
     Args:
         layers: none of them fused already. Those that are stored in different ways are not fused with each other.

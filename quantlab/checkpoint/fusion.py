@@ -12,7 +12,7 @@ SAME_INPUT = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
-"""Names of layers that get the same input if they are in one module. Where they do not, they compute each alone."""
+"""Names of layers that get the same input if they are in one module; those that do not are separated at run time."""
 
 
 def fuse_layers(model: nn.Module) -> None:
