@@ -5,13 +5,15 @@ in the place of every layer a checkpoint lists. Both therefore compute with the 
 loaded model answers the same batches bit for bit as the one that was calibrated.
 
 On its first use a layer brings its codes into the layout of the kernel and frees the stored bit planes; whoever
-asks for them (a state dict, a move to another device) gets them back unchanged.
+asks for them (a state dict, a move to another device) gets them back unchanged. Layers that read the same input can
+be prepared as one weight (`fuse`), which one call then multiplies with.
 """
 
 import math
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -24,6 +26,11 @@ from quantlab.errors import NumericalError
 CODEBOOK_DTYPE = torch.float16
 
 CodebookKind = Literal["lut", "uniform"]
+
+MOST_LOSSES = 3
+"""In a row: how often outputs of fused layers may be computed in vain."""
+ALIGNED_ROWS = 32
+"""Fused outputs of so many rows start at multiples of 64 bytes, like all tensors of PyTorch."""
 
 # Held while a layer changes its layout, which is rare. One lock for all, since modules must be copyable.
 _LAYOUT_LOCK = threading.RLock()
@@ -136,6 +143,7 @@ class LutLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("prepared_codes", None, persistent=False)
         self._prepared: quantlab_kernels.PreparedWeight | None = None
+        self._fused: FusedLayers | None = None
         self.spec = spec
         self.in_features = spec.in_features
         self.out_features = spec.out_features
@@ -198,10 +206,12 @@ class LutLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """X Wᵀ + bias: (..., in_features) to (..., out_features), in the type of x.
+        """X Wᵀ + bias: (..., in_features) to (..., out_features), in the type of x, or in that of autocast.
 
         Differentiable in x; the derivative dequantizes the weight.
         """
+        if _is_autocast(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if torch.is_grad_enabled() and x.requires_grad:
             differentiable: Tensor = _Multiplication.apply(x, self)  # type: ignore[no-untyped-call]
             return differentiable
@@ -216,15 +226,17 @@ class LutLinear(nn.Module):
             dtype: the type of the inputs to come.
         """
         with _LAYOUT_LOCK:
-            if self._is_prepared_for(dtype):
+            fused = self._fused  # read once, since another thread may separate the layers
+            if self._is_prepared_for(dtype) or (fused is not None and fused.prepare(dtype)):
                 return
             self._restore()
             packed_codes, (codebook, zero) = self.get_buffer("packed_codes"), self._codebook()
-            prepared = quantlab_kernels.prepare(packed_codes, codebook, zero, self.in_features, dtype)
-            self._prepared = prepared
-            if prepared is not None and prepared.restore is not None:
-                self.prepared_codes = prepared.codes
-                self.packed_codes = None
+            self._hold(quantlab_kernels.prepare(packed_codes, codebook, zero, self.in_features, dtype))
+
+    def separate(self) -> None:
+        """Undo `fuse` for this layer and those that it was fused with."""
+        if (fused := self._fused) is not None:
+            fused.separate()
 
     def get_buffer(self, target: str) -> Tensor:
         """A buffer by name. Bit planes that were freed are made again, as a copy."""
@@ -238,8 +250,12 @@ class LutLinear(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in vars(self.spec).items())
 
     def _multiply(self, x: Tensor) -> Tensor:
-        if not self._is_prepared_for(x.dtype) and not torch.compiler.is_compiling():
-            self.prepare(x.dtype)
+        if not torch.compiler.is_compiling():
+            if not self._is_prepared_for(x.dtype):
+                self.prepare(x.dtype)
+            fused = self._fused  # read once, as above
+            if fused is not None and (output := fused.multiply(self, x)) is not None:
+                return output
         prepared = self._prepared
         if prepared is None or not self._is_prepared_for(x.dtype):
             codebook, zero = self._codebook()
@@ -255,9 +271,18 @@ class LutLinear(nn.Module):
     def _is_prepared_for(self, dtype: torch.dtype) -> bool:
         return self._prepared is not None and self._prepared.dtype in (None, dtype)
 
+    def _hold(self, prepared: quantlab_kernels.PreparedWeight | None) -> None:
+        """Multiply with a prepared weight from now on, and free what it gives back."""
+        self._prepared = prepared
+        if prepared is not None and prepared.restore is not None:
+            self.prepared_codes = prepared.codes
+            self.packed_codes = None
+
     def _restore(self) -> None:
         """Return to the stored form."""
         with _LAYOUT_LOCK:
+            if (fused := self._fused) is not None:
+                fused.forget()
             if self._prepared is not None:
                 self.packed_codes = self.get_buffer("packed_codes")
                 self.prepared_codes = None
@@ -297,6 +322,154 @@ class LutLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
+@dataclass(frozen=True, eq=False)
+class _Outputs:
+    """What the layers that have not been called yet will return for an input."""
+
+    x: weakref.ref[Tensor]
+    state: tuple[Any, ...]
+    waiting: dict[LutLinear, Tensor]
+
+
+class FusedLayers:
+    """Layers that read the same input, prepared as one weight; see `fuse`.
+
+    The layer that is called first with a sample computes the outputs of all, and each of the others takes its own when
+    it is called with the same tensor: the same object, unchanged since. A layer that is called with anything else is
+    the first again. Outputs that nobody took are dropped, and layers that leave some again and again are separated.
+    """
+
+    def __init__(self, layers: Sequence[LutLinear]) -> None:
+        """Prepare from now on as one; the layers differ in nothing but numbers of rows and outliers.
+
+        Args:
+            layers: none of them fused with others.
+        """
+        self._layers = tuple(layers)
+        self._joined: LutLinear | None = None
+        self._outputs: _Outputs | None = None
+        self._losses = 0
+        for layer in layers:
+            layer._fused = self
+
+    def prepare(self, dtype: torch.dtype) -> bool:
+        """Prepare all layers. If the backend cannot, or they are not in one place, they are separated: False."""
+        for layer in self._layers:
+            layer._restore()
+        parts = None
+        # Not in inference mode: the tensors outlive it.
+        with torch.inference_mode(False), torch.no_grad():
+            if self._can_be_joined():
+                joined = self._join()
+                joined.prepare(dtype)
+                if joined._prepared is not None:
+                    parts = quantlab_kernels.split(joined._prepared, [layer.out_features for layer in self._layers])
+        if parts is None:
+            self.separate()
+            return False
+        for layer, part in zip(self._layers, parts, strict=True):
+            layer._hold(part)
+        self._joined = joined
+        return True
+
+    def multiply(self, layer: LutLinear, x: Tensor) -> Tensor | None:
+        """The output of a layer, or None if it should compute it alone."""
+        joined = self._joined
+        # One sample: outputs of several would have to be copied out of their rows. In inference mode tensors do not
+        # tell whether they have been changed, and autocast makes a new one for every layer.
+        if joined is None or x.numel() != joined.in_features or x.is_inference() or _is_autocast(x):
+            return None
+        outputs, state = self._outputs, _state(x)
+        if outputs is not None and outputs.x() is x and outputs.state == state:
+            output = outputs.waiting.pop(layer, None)
+            if output is not None:
+                return output
+        self._losses = self._losses + 1 if outputs is not None and outputs.waiting else 0
+        if self._losses == MOST_LOSSES:
+            self.separate()
+            return None
+        rows = [each.out_features for each in self._layers]
+        computed = torch.unsafe_split_with_sizes(joined._multiply(x), rows, -1)  # they are no views of each other
+        waiting = dict(zip(self._layers, computed, strict=True))
+        output = waiting.pop(layer)
+        self._outputs = _Outputs(weakref.ref(x), state, waiting)
+        return output
+
+    def forget(self) -> None:
+        """Let go of the common weight; the next layer that has to be prepared makes a new one."""
+        self._joined = self._outputs = None
+
+    def separate(self) -> None:
+        """Let every layer go its own way. Those that are prepared stay so."""
+        for layer in self._layers:
+            layer._fused = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_outputs": None}
+
+    def _can_be_joined(self) -> bool:
+        kinds = {
+            tuple((name, buffer.dtype, buffer.device) for name, buffer in layer.named_buffers())
+            for layer in self._layers
+        }
+        return len(kinds) == 1
+
+    def _join(self) -> LutLinear:
+        """All rows as one layer. The tensors of the layers become parts of its tensors where they can."""
+        tensors = {}
+        for name in dict(self._layers[0].named_buffers()):
+            parts = [layer.get_buffer(name) for layer in self._layers]
+            if name == "packed_codes":
+                tensors[name] = torch.cat(parts, dim=1)
+            elif name == "outlier_offsets":
+                tensors[name] = _row_starts(torch.cat([part.diff() for part in parts]))
+            else:
+                tensors[name] = torch.cat(parts)
+                for layer, part in zip(self._layers, tensors[name].split([len(part) for part in parts]), strict=True):
+                    setattr(layer, name, part)
+        bias = tensors.pop("bias", None)
+        rows, outliers = (
+            sum(getattr(layer.spec, name) for layer in self._layers) for name in ("out_features", "outliers")
+        )
+        return LutLinear(replace(self._layers[0].spec, out_features=rows, outliers=outliers), tensors, bias)
+
+
+def fuse(layers: Sequence[LutLinear]) -> None:
+    """Prepare layers that usually get the same input as one weight, and multiply single samples with it in one call.
+
+    Nothing is stored twice: each layer keeps a view of its rows. Like everything that is prepared, the common weight
+    does not follow tensors of the layers that are replaced by hand. Results are the same bit for bit on the CPU; on
+    CUDA the order of sums may depend on the number of rows. Batches, tensors of the inference mode, inputs under
+    autocast, and compiled code are multiplied layer by layer.
+
+    Args:
+        layers: none of them fused already. Those that are stored in different ways are not fused with each other.
+    """
+    alike: dict[ModuleSpec, list[LutLinear]] = {}
+    for layer in layers:
+        if layer.out_features % ALIGNED_ROWS == 0:
+            kind = replace(layer.spec, out_features=1, outliers=min(layer.spec.outliers, 1))
+            alike.setdefault(kind, []).append(layer)
+    for group in alike.values():
+        if len(group) > 1:
+            FusedLayers(group)
+
+
+def _is_autocast(x: Tensor) -> bool:
+    """Whether autocast decides the type that a linear layer computes in."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return False
+    return torch.is_autocast_enabled(kind)
+
+
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """What must not differ between two calls that share their outputs."""
+    if not x.is_cuda:
+        return (x._version,)
+    return x._version, torch.cuda.current_stream(x.device), torch.cuda.is_current_stream_capturing()
+
+
 class _Multiplication(torch.autograd.Function):
     """`LutLinear.forward` with the derivative in x; the weight is a constant."""
 
@@ -324,7 +497,12 @@ def _to_storage(name: str, values: Tensor) -> Tensor:
 def _compress_rows(outliers: Outliers, out_features: int) -> dict[str, Tensor]:
     per_row = torch.bincount(outliers.rows, minlength=out_features)
     return {
-        "outlier_offsets": torch.nn.functional.pad(per_row.cumsum(0), (1, 0)).to(torch.int32),
+        "outlier_offsets": _row_starts(per_row),
         "outlier_columns": outliers.columns.to(torch.int32),
         "outlier_values": _to_storage("outlier values", outliers.values),
     }
+
+
+def _row_starts(per_row: Tensor) -> Tensor:
+    """Where the outliers of every row start, and where those of the last one end."""
+    return torch.nn.functional.pad(per_row.cumsum(0), (1, 0)).to(torch.int32)

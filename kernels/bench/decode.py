@@ -1,13 +1,10 @@
 """Decode speed and memory of a synthetic Llama of 1.1 billion parameters: `python kernels/bench/decode.py`.
 
 The model has the shape of TinyLlama (22 blocks, width 2048, inner width 5632, 32000 tokens) and random weights. It
-runs once with float32, once with bfloat16, and once with bfloat16 and every linear layer of the blocks quantized;
-embeddings and output layer stay bfloat16. Each variant has a process of its own, so that the memory that a process
-really occupies can be compared; the variants take turns for several rounds, and the best round of each counts.
-
-A last variant is no way to run a model, but a bound: what merging the layers that share an input (query, key and value;
-gate and up) into one call could bring at most. The first layer of a group computes all outputs, and the others hand out
-theirs without looking at their input.
+runs with float32, with bfloat16, and with bfloat16 and every linear layer of the blocks quantized: each layer called
+by itself, and those that share an input fused. Embeddings and output layer stay bfloat16. Each variant has a process of
+its own, so that the memory that a process really occupies can be compared; the variants take turns for several rounds,
+and the best round of each counts.
 
 Memory is resident memory that the process gained since its imports. The target is for what holds data: weights,
 caches, buffers, heap. The code of libraries that was read from files meanwhile is the same whatever the model is; it
@@ -22,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,13 +26,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from quantlab.checkpoint.fusion import fuse_layers
 from quantlab.runtime import LutLinear, ModuleSpec, storage_layout
 
 SPEED_TARGET = 3.0  # times bfloat16
 MEMORY_TARGET = 0.35  # of bfloat16
 PROMPT_TOKENS = 16
-VARIANTS = ("float32", "bfloat16", "quantized", "merged")
-GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
+VARIANTS = ("float32", "bfloat16", "quantized", "fused")
 
 
 def main() -> None:
@@ -78,11 +74,11 @@ def run_variant(arguments: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(arguments.threads)
     data, code = resident_bytes("RssAnon"), resident_bytes("RssFile")
     dtype = torch.float32 if arguments.variant == "float32" else torch.bfloat16
-    bits = arguments.bits if arguments.variant in ("quantized", "merged") else None
+    bits = arguments.bits if arguments.variant in ("quantized", "fused") else None
     model = build_model(dtype, arguments.blocks, bits)
-    if arguments.variant == "merged":
-        merge_calls(model)
-    with torch.inference_mode():
+    if arguments.variant == "fused":
+        fuse_layers(model)
+    with torch.no_grad():
         seconds = decode(model, arguments.tokens)
     return {
         "tokens_per_s": 1 / statistics.median(seconds),
@@ -129,46 +125,6 @@ def random_lut_linear(linear: nn.Linear, bits: int) -> LutLinear:
     return LutLinear(spec, tensors, None)
 
 
-class First(nn.Module):
-    """The first layer of a group: computes the outputs of all."""
-
-    def __init__(self, merged: LutLinear, sizes: list[int]) -> None:
-        super().__init__()
-        self.merged, self.sizes = merged, sizes
-        self.outputs: tuple[Tensor, ...] = ()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Its own output."""
-        self.outputs = self.merged(x).split(self.sizes, -1)
-        return self.outputs[0]
-
-
-class Follower(nn.Module):
-    """Another layer of a group: hands out what the first has computed."""
-
-    def __init__(self, outputs: Callable[[], tuple[Tensor, ...]], index: int) -> None:
-        super().__init__()
-        self.outputs, self.index = outputs, index
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Its output for the input of the first."""
-        return self.outputs()[self.index]
-
-
-def merge_calls(model: LlamaForCausalLM) -> None:
-    """One call for the layers of each group."""
-    for block in model.model.layers:
-        for parent_name, names in GROUPS:
-            parent = block.get_submodule(parent_name)
-            layers: list[LutLinear] = [parent.get_submodule(name) for name in names]
-            sizes = [layer.out_features for layer in layers]
-            linear = nn.Linear(layers[0].in_features, sum(sizes), bias=False, device="meta")
-            first = First(random_lut_linear(linear, layers[0].spec.bits), sizes)
-            parent.set_submodule(names[0], first)
-            for index, name in enumerate(names[1:], start=1):
-                parent.set_submodule(name, Follower(lambda first=first: first.outputs, index))
-
-
 def decode(model: LlamaForCausalLM, tokens: int) -> list[float]:
     """Seconds per token after the prompt."""
     ids, cache, seconds = torch.arange(PROMPT_TOKENS)[None], None, []
@@ -193,7 +149,7 @@ def print_table(best: dict[str, dict[str, float]], arguments: argparse.Namespace
         print(
             f"{arguments.blocks} of 22 blocks: shares of embeddings and output layer are larger than in the full model"
         )
-    names = {"quantized": f"{arguments.bits}-bit", "merged": f"{arguments.bits}-bit, merged calls (a bound)"}
+    names = {"quantized": f"{arguments.bits}-bit", "fused": f"{arguments.bits}-bit, fused"}
     base = best["bfloat16"]
     print(f"{arguments.threads} threads, batch 1\n")
     print("| weights | tokens/s | x bfloat16 | resident GB | x bfloat16 | tensors GB | library code GB |")

@@ -16,6 +16,7 @@ on the size of the batch.
 
 import ctypes
 import functools
+import weakref
 
 import torch
 from torch import Tensor
@@ -40,13 +41,15 @@ HEADERS = (
 )
 TILED_BITS = (2, 3, 4)
 SLICE_COLUMNS = 32
-DENSE_SAMPLES = 128
-WORKSPACE_BYTES = 8 << 20
+TILE_ROWS = 8
+LARGE_PAGE_BYTES = 2 << 20
+DENSE_SAMPLES = 64
+WORKSPACE_BYTES = 2 << 20  # for every thread; what is larger leaves the cache before it is multiplied with
 
 _SCALAR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _STORED_TYPES = (torch.float32, torch.float16)
 _OUT_OF_MEMORY = 1
-_TILE_ROWS = 8  # the first row of a dequantized block is a multiple of it
+_LIBC = ctypes.CDLL(None)
 
 
 class _LutMatmul(ctypes.Structure):
@@ -101,7 +104,7 @@ def tile(packed_codes: Tensor, in_features: int) -> Tensor:
     library = _library()
     bits, out_features = packed_codes.shape[:2]
     matrix = (out_features, in_features, bits)
-    tiles = torch.empty(_tile_words(*matrix), dtype=torch.int32)
+    tiles = _empty_words(_tile_words(*matrix))
     packed_codes = packed_codes.contiguous()
     library.quantlab_lut_tile(packed_codes.data_ptr(), tiles.data_ptr(), *matrix, usable_threads())
     return tiles
@@ -225,7 +228,7 @@ def _multiply_dense(library: ctypes.CDLL, arguments: _LutMatmul, x: Tensor, bias
     """Dequantize as many rows as fit into the workspace, multiply, go on with the next. The status of the library."""
     out_features, in_features = result.shape[-1], x.shape[-1]
     samples, outputs = x.reshape(-1, in_features), result.view(-1, out_features)
-    fitting = max(WORKSPACE_BYTES // (x.itemsize * in_features), 1)
+    fitting = max(WORKSPACE_BYTES * arguments.threads // (x.itemsize * in_features), 1)
     rows_at_once = min(_round_up(fitting), _round_up(out_features))
     weight = x.new_empty(rows_at_once, in_features)
     for first in range(0, out_features, rows_at_once):
@@ -241,8 +244,22 @@ def _multiply_dense(library: ctypes.CDLL, arguments: _LutMatmul, x: Tensor, bias
     return 0
 
 
+def _empty_words(count: int) -> Tensor:
+    """Memory for int32 words; enough to fill a large page starts with one."""
+    size = 4 * count
+    if size < LARGE_PAGE_BYTES:
+        return torch.empty(count, dtype=torch.int32)
+    address = ctypes.c_void_p()
+    if _LIBC.posix_memalign(ctypes.byref(address), ctypes.c_size_t(LARGE_PAGE_BYTES), ctypes.c_size_t(size)):
+        raise MemoryError(f"no memory for {size:,} bytes of weights")
+    memory = (ctypes.c_int32 * count).from_address(address.value or 0)
+    # The tensor keeps `memory`. What is alive at exit stays, as it may still be in use.
+    weakref.finalize(memory, _LIBC.free, address).atexit = False
+    return torch.frombuffer(memory, dtype=torch.int32)
+
+
 def _round_up(rows: int) -> int:
-    return -(-rows // _TILE_ROWS) * _TILE_ROWS
+    return -(-rows // TILE_ROWS) * TILE_ROWS
 
 
 def _address(operand: Tensor | None) -> int | None:

@@ -84,6 +84,7 @@ def prepare(
         codebook=tables,
         zero=None,
         layout=[out_features, in_features, bits, groups, int(kind)],
+        tile_rows=TILE_ROWS,
         dtype=dtype,
         restore=_restore,
     )

@@ -14,7 +14,7 @@ Operands:
         valid; the operation does not read values to check them.
     zero: (out_features, groups) like the scale, or None: level k is (k - zero) * scale.
 Result:
-    (..., out_features) in the type of x. For inference: no derivative is registered.
+    (..., out_features) in the type of x, under autocast, too. For inference: no derivative is registered.
 
 The primitive `torch.library.Library` is used rather than `custom_op` since its calls cost half as much.
 """

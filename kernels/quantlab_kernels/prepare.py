@@ -4,8 +4,8 @@ A checkpoint stores bit planes, which belong to no device. Each backend brings t
 reads, and can bring them back, so that only one of the two needs memory.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class PreparedWeight:
         codebook: the codebook, or the scale of a uniform grid, as the backend wants it.
         zero: the zero of a uniform grid, or None.
         layout: out_features, in_features, bits, and what else the backend needs to know.
+        tile_rows: rows that the layout holds together.
         dtype: the type of x that it serves, None for any.
         restore: gives back the bit planes exactly; None if the backend cannot.
     """
@@ -31,6 +32,7 @@ class PreparedWeight:
     codebook: Tensor
     zero: Tensor | None
     layout: list[int]
+    tile_rows: int
     dtype: torch.dtype | None
     restore: "Callable[[PreparedWeight], Tensor] | None"
 
@@ -62,7 +64,32 @@ def prepare(
     if packed_codes.device.type != "cpu" or not cpu.reads_tiles(bits, in_features, codebook.shape[1]):
         return None
     codes = cpu.tile(packed_codes, in_features)
-    return PreparedWeight(codes, codebook, zero, [out_features, in_features, bits], None, _restore_from_tiles)
+    layout = [out_features, in_features, bits]
+    return PreparedWeight(codes, codebook, zero, layout, cpu.TILE_ROWS, None, _restore_from_tiles)
+
+
+def split(weight: PreparedWeight, rows: Sequence[int]) -> list[PreparedWeight] | None:
+    """Cut a prepared weight into weights of their own, which share its memory.
+
+    Args:
+        weight: of a backend.
+        rows: out_features of the parts, in order.
+
+    Returns:
+        The parts, or None if one of them does not end with a whole tile.
+    """
+    if any(count % weight.tile_rows for count in rows):
+        return None
+    operands = {"codes": weight.codes, "codebook": weight.codebook, "zero": weight.zero}
+    cut = {
+        name: tensor.split([len(tensor) * count // sum(rows) for count in rows])
+        for name, tensor in operands.items()
+        if tensor is not None
+    }
+    return [
+        replace(weight, layout=[count, *weight.layout[1:]], **{name: parts[index] for name, parts in cut.items()})
+        for index, count in enumerate(rows)
+    ]
 
 
 def _restore_from_tiles(weight: PreparedWeight) -> Tensor:

@@ -5,6 +5,8 @@ rounded once to the type of the input; the product is `torch.nn.functional.linea
 bit that of the dequantized model.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,8 @@ def lut_matmul(
     if zero is not None:
         codebook = uniform_levels(codebook, zero, packed_codes.shape[0])
     weight = dequantize(packed_codes, codebook, x.shape[-1], outlier_offsets, outlier_columns, outlier_values)
-    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    with _no_autocast(x.device.type):
+        return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def dequantize(
@@ -86,3 +89,9 @@ def uniform_levels(scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
     codes = torch.arange(1 << bits, dtype=scale.dtype, device=scale.device)
     return (codes - zero.to(scale.dtype)[..., None]) * scale[..., None]
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -75,7 +75,7 @@ class SweepProblem:
         return targets
 
     def _run(self, books: TiledCodebooks, error: Tensor | None, targets: Tensor | None) -> None:
-        threads, library = torch.get_num_threads(), _library()
+        threads, library = usable_threads(), _library()
         scratch = torch.empty(threads * library.solver_sweep_scratch(self.shape[1]), dtype=torch.uint8)
         library.solver_sweep(
             self._operands,
@@ -97,16 +97,14 @@ class BlockwiseSweep(SweepProblem):
         if self._cuda is not None:
             return
         self._tiles = torch.empty(-(-len(weight) // LANES), weight.shape[1], LANES)
-        _library().solver_load_tiles(self._operands, self._tiles.data_ptr(), torch.get_num_threads())
+        _library().solver_load_tiles(self._operands, self._tiles.data_ptr(), usable_threads())
 
     def block_targets(self, start: int, end: int) -> Tensor:
         """The weights of a block, shifted by the errors behind it: (tiles, columns, LANES)."""
         if self._cuda is not None:
             return self._cuda.block_targets(start, end)
         targets = torch.empty(len(self._tiles), end - start, LANES)
-        _library().solver_block_targets(
-            self._operands, start, end, *_pointers(self._tiles, targets), torch.get_num_threads()
-        )
+        _library().solver_block_targets(self._operands, start, end, *_pointers(self._tiles, targets), usable_threads())
         return targets
 
     def round(self, start: int, end: int, targets: Tensor, books: TiledCodebooks) -> None:
@@ -121,7 +119,7 @@ class BlockwiseSweep(SweepProblem):
             start,
             end,
             *_pointers(self._tiles, targets, chosen, self.codes, self.loss),
-            torch.get_num_threads(),
+            usable_threads(),
         )
 
     def error(self) -> Tensor:
@@ -129,7 +127,7 @@ class BlockwiseSweep(SweepProblem):
         if self._cuda is not None:
             return self._cuda.error
         error = torch.empty(self.shape)
-        _library().solver_store_tiles(self._operands, *_pointers(self._tiles, error), torch.get_num_threads())
+        _library().solver_store_tiles(self._operands, *_pointers(self._tiles, error), usable_threads())
         return error
 
 
@@ -214,7 +212,7 @@ def factor_blocks(hessian: Tensor, order: Tensor, size: int, damping: float) -> 
     )
     found = _pointers(within, feedback, upper, factors.precision)
     operands = (hessian.data_ptr(), len(hessian), order.data_ptr(), len(order), size, damping)
-    return factors, _library().solver_factor_blocks(*operands, *found, torch.get_num_threads())
+    return factors, _library().solver_factor_blocks(*operands, *found, usable_threads())
 
 
 def descend_in_blocks(
@@ -236,7 +234,7 @@ def descend_in_blocks(
     if _on_cuda(weight):
         matrices = (factors.within, factors.feedback, factors.upper, factors.precision)
         return solver_cuda.descend_in_blocks(weight, codes, error, hessian, factors.order, matrices, books)
-    threads = torch.get_num_threads()
+    threads = usable_threads()
     gained = torch.zeros(len(weight), dtype=torch.float64)
     weight, hessian = weight.contiguous(), hessian.contiguous()
     tensors = (weight, hessian, factors.order, factors.within, factors.feedback, factors.upper, factors.precision)
@@ -274,7 +272,7 @@ def descend_jointly(
     if _on_cuda(product):
         options = {"ridge": ridge, "threshold": threshold}
         return solver_cuda.descend_jointly(product, codes, tables, loss, hessian, order, passes=passes, **options)
-    threads, levels = torch.get_num_threads(), tables.shape[1]
+    threads, levels = usable_threads(), tables.shape[1]
     product, tables, loss, hessian, order = (x.contiguous() for x in (product, tables, loss, hessian, order))
     shape = (*product.shape, len(order), levels, passes)
     operands = JointOperands(*_pointers(product, hessian, order), *shape, ridge, threshold)
@@ -286,7 +284,7 @@ def multiply_symmetric(matrix: Tensor, hessian: Tensor) -> Tensor:
     """(rows, in_features) times a symmetric (in_features, in_features)."""
     if _on_cuda(matrix):
         return matrix @ hessian
-    threads = torch.get_num_threads()
+    threads = usable_threads()
     matrix, hessian = matrix.contiguous(), hessian.contiguous()
     product = torch.empty(matrix.shape)
     operands = _pointers(matrix, hessian)
@@ -299,7 +297,7 @@ def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
     """The loss e H eᵀ of every row of an error (rows, in_features), summed in double precision: (rows,) float64."""
     if _on_cuda(error):
         return ((error.double() @ hessian.double()) * error).sum(dim=1)
-    threads = torch.get_num_threads()
+    threads = usable_threads()
     error, hessian = error.contiguous(), hessian.contiguous()
     loss = torch.empty(len(error), dtype=torch.float64)
     scratch = _descent_scratch(error.shape[1], threads)
@@ -316,13 +314,13 @@ class HessianTriangle:
             return
         library, in_features, hessian = _library(), len(hessian), hessian.contiguous()
         self._packed = torch.empty(library.solver_triangle_floats(in_features))
-        library.solver_pack_triangle(hessian.data_ptr(), in_features, self._packed.data_ptr(), torch.get_num_threads())
+        library.solver_pack_triangle(hessian.data_ptr(), in_features, self._packed.data_ptr(), usable_threads())
 
     def level_gram(self, codes: Tensor, levels: int) -> Tensor:
         """Sums of H over pairs of codes: (rows, levels, levels) for codes (rows, in_features) uint8 below `levels`."""
         if _on_cuda(codes):
             return solver_cuda.level_gram(codes, self._packed, levels)
-        library, threads, codes = _library(), torch.get_num_threads(), codes.contiguous()
+        library, threads, codes = _library(), usable_threads(), codes.contiguous()
         gram = torch.empty(len(codes), levels, levels)
         scratch = torch.empty(threads * library.solver_gram_scratch(codes.shape[1], levels), dtype=torch.uint8)
         operands = (*_pointers(codes, self._packed), *codes.shape, levels)
@@ -345,7 +343,7 @@ def solve_levels(gram: Tensor, right: Tensor, *, ridge: float, growth: float, at
     """
     if _on_cuda(gram):
         return solver_cuda.solve_levels(gram, right, ridge=ridge, growth=growth, attempts=attempts)
-    threads, (rows, levels) = torch.get_num_threads(), right.shape
+    threads, (rows, levels) = usable_threads(), right.shape
     gram, solution = gram.contiguous(), right.clone(memory_format=torch.contiguous_format)
     scratch = torch.empty(threads, levels, levels, dtype=torch.float64)
     operands = (gram.data_ptr(), rows, levels, ridge, growth, attempts, *_pointers(solution, scratch), threads)
@@ -358,9 +356,7 @@ def sums_by_code(codes: Tensor, values: Tensor, levels: int) -> Tensor:
         return solver_cuda.sums_by_code(codes, values, levels)
     codes, values = codes.contiguous(), values.contiguous()
     sums = torch.empty(len(codes), levels, dtype=torch.float64)
-    _library().solver_sums_by_code(
-        *_pointers(codes, values), *codes.shape, levels, sums.data_ptr(), torch.get_num_threads()
-    )
+    _library().solver_sums_by_code(*_pointers(codes, values), *codes.shape, levels, sums.data_ptr(), usable_threads())
     return sums
 
 
@@ -397,7 +393,7 @@ def cluster(
     centers = torch.empty(len(values), levels, dtype=torch.float64)
     shape = (*values.shape, levels, iterations, int(greedy))
     operands, scratch = _pointers(values, weights, mass, moment), _cluster_scratch(values.shape[1], levels)
-    _library().solver_cluster(*operands, *shape, *_pointers(centers, scratch), torch.get_num_threads())
+    _library().solver_cluster(*operands, *shape, *_pointers(centers, scratch), usable_threads())
     return centers
 
 
@@ -424,7 +420,7 @@ def cluster_in_cells(
     pointers = (values.data_ptr(), None if weights is None else weights.data_ptr())
     stride = 0 if weights is None or weights.ndim == 1 else values.shape[1]
     shape, scratch = (*values.shape, cells, levels, iterations, int(greedy)), _cluster_scratch(cells, levels)
-    _library().solver_cluster_in_cells(*pointers, stride, *shape, *_pointers(centers, scratch), torch.get_num_threads())
+    _library().solver_cluster_in_cells(*pointers, stride, *shape, *_pointers(centers, scratch), usable_threads())
     return centers
 
 
@@ -436,6 +432,9 @@ def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
         left: (tokens, left features) float32.
         right: (tokens, right features) float32.
     """
+    if _on_cuda(sums):
+        sums.addmm_(left.T, right)
+        return
     library, symmetric = _library(), left is right
     right = right.contiguous()
     left = right if symmetric else left.contiguous()
@@ -447,7 +446,7 @@ def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _cluster_scratch(size: int, levels: int) -> Tensor:
-    return torch.empty(torch.get_num_threads() * _library().solver_kmeans_scratch(size, levels), dtype=torch.uint8)
+    return torch.empty(usable_threads() * _library().solver_kmeans_scratch(size, levels), dtype=torch.uint8)
 
 
 def _on_cuda(operand: Tensor) -> bool:
@@ -460,7 +459,7 @@ def _look_up(function: str, codes: Tensor, table: Tensor) -> Tensor:
     codes, table = codes.contiguous(), table.contiguous()
     found = torch.empty(codes.shape, dtype=table.dtype)
     operands = (*_pointers(codes, table), *codes.shape, table.shape[1], found.data_ptr())
-    getattr(_library(), function)(*operands, torch.get_num_threads())
+    getattr(_library(), function)(*operands, usable_threads())
     return found
 
 
@@ -476,7 +475,7 @@ def _descend(
     sweeps: int = 1,
     closer: float = 1.0,
 ) -> Tensor:
-    threads = torch.get_num_threads()
+    threads = usable_threads()
     diagonal = hessian.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
     hessian, order = hessian.contiguous(), order.contiguous()

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantlab.checkpoint.contents import read_contents
 from quantlab.checkpoint.format import INDEX_NAME, QUANT_METHOD, QuantizationConfig
+from quantlab.checkpoint.fusion import fuse_layers
 from quantlab.checkpoint.shard import check_layer
 from quantlab.errors import CheckpointError, UsageError
 from quantlab.runtime import LutLinear, storage_layout
@@ -111,6 +112,7 @@ class HuggingFaceQuantizer(HfQuantizer):
                     check_layer(name, layer.spec, tensors)
         align(model)
         adopt(model, self.quantization_config.quantization)
+        fuse_layers(model)
         return model
 
     def _dequantize(self, model: "PreTrainedModel", dtype: Any = None) -> "PreTrainedModel":

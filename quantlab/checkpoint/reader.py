@@ -12,6 +12,7 @@ from quantlab.checkpoint.contents import (
     read_contents,
     require_inside,
 )
+from quantlab.checkpoint.fusion import fuse_layers
 from quantlab.checkpoint.guard import check_config, check_size
 from quantlab.checkpoint.huggingface import adopt
 from quantlab.checkpoint.placement import check_names, place
@@ -49,6 +50,7 @@ def load(folder: Path | str, *, dtype: torch.dtype | None = None) -> PreTrainedM
     if (contents.folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = _generation_config(contents.folder)
     adopt(model, contents.quantization)
+    fuse_layers(model)
     model.eval()
     return model
 

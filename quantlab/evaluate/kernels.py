@@ -95,6 +95,7 @@ def _describe(spec: ModuleSpec) -> dict[str, Any]:
 def _measure(
     layer: LutLinear, dtype: torch.dtype, options: KernelOptions, progress: Progress
 ) -> dict[str, dict[str, Any]]:
+    layer.separate()
     layer = layer.to(options.device)
     dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device=options.device, dtype=dtype)
     dense.weight.copy_(layer.dequantize())

@@ -187,7 +187,7 @@ def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Turn:
     return Turn(prefill_s=prefill, token_s=tokens, ids=generated.cpu())
 
 
-@torch.inference_mode()
+@torch.no_grad()  # like `generate`; fused layers need tensors that tell whether they have been changed
 def _decode(model: PreTrainedModel, ids: Tensor, new_tokens: int, tick: Callable[[], None]) -> Tensor:
     """The tokens that follow `ids` (1, tokens), (new_tokens,); `tick` is called after each."""
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)

@@ -17,7 +17,7 @@ def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
         left: (tokens, left features) float32.
         right: (tokens, right features) float32; the same object as `left` for a symmetric product.
     """
-    if sums.is_cpu and sums.is_contiguous() and solver.usable(sums, left, right):
+    if solver.usable(sums, left, right):
         solver.add_products(sums, left, right)
     elif left is right:
         for start in range(0, len(sums), _COLUMNS_PER_SLAB):

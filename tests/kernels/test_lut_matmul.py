@@ -82,6 +82,16 @@ def test_a_bias_of_another_dtype_is_taken_in_the_type_of_x(operands):
     assert torch.equal(lut_matmul(x, *operands, bias), lut_matmul(x, *operands, bias.bfloat16()))
 
 
+@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64])
+def test_autocast_changes_nothing(operands, dtype, kernels, monkeypatch):
+    monkeypatch.setenv("QUANTLAB_KERNELS", kernels)
+    x = torch.randn(3, COLUMNS).to(dtype)
+    expected = lut_matmul(x, *operands)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lut_matmul(x, *operands), expected)
+
+
 def test_one_hot_inputs_reproduce_the_weight(operands):
     assert torch.equal(lut_matmul(torch.eye(COLUMNS), *operands), dense(*operands).T)
 

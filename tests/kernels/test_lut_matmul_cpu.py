@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from quantlab_kernels import cpu, dequantize, native, pack_codes, prepare, uniform_levels
+from quantlab_kernels import cpu, dequantize, native, pack_codes, prepare, split, uniform_levels
 from quantlab_kernels.isa import Isa, detected_isa
 
 lut_matmul = torch.ops.quantlab.lut_matmul
@@ -104,10 +104,10 @@ def test_groups_agree_with_float64(isa, bits, grid, dtype):
 @pytest.mark.parametrize("bits", [2, 3, 4, 7])
 def test_every_batch_agrees_with_float64_and_each_sample_with_itself_alone(isa, bits, dtype):
     weight = make_weight(bits, 20, 300, 1)
-    x = torch.randn(65, 300).to(dtype)
+    x = torch.randn(cpu.DENSE_SAMPLES - 1, 300).to(dtype)
     alone = torch.cat([multiply(weight, sample) for sample in x.split(1)])
     assert_close_to_float64(alone, x, dense(weight, 300).to(dtype))
-    for batch in (*range(10), 15, 16, 17, 31, 32, 33, 64, 65):
+    for batch in (*range(10), 15, 16, 17, 31, 32, 33, len(x)):
         assert torch.equal(multiply(weight, x[:batch]), alone[:batch])
 
 
@@ -235,6 +235,30 @@ def test_tiles_give_back_the_bit_planes(isa, bits):
     for rows, columns in ((1, 1), (8, 512), (13, 700)):
         packed_codes = make_weight(bits, rows, columns, 1)[0]
         assert torch.equal(cpu.untile(cpu.tile(packed_codes, columns), bits, rows, columns), packed_codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("grid", [False, True], ids=["lut", "grid"])
+def test_parts_of_a_prepared_weight_are_weights(isa, bits, grid):
+    if isa is Isa.PORTABLE:
+        pytest.skip("it reads bit planes")
+    packed_codes, codebook, zero = weight = make_weight(bits, 48, 640, 20, grid)
+    x, whole = torch.randn(3, 640), prepare(packed_codes, codebook, zero, 640, torch.float32)
+    parts = split(whole, [24, 8, 16])
+    results = [lut_matmul_prepared(x, part.codes, part.codebook, part.zero, part.layout) for part in parts]
+    assert torch.equal(torch.cat(results, dim=1), multiply(weight, x))
+    assert torch.equal(torch.cat([part.restore(part) for part in parts], dim=1), packed_codes)
+    assert {part.codes.untyped_storage().data_ptr() for part in parts} == {whole.codes.untyped_storage().data_ptr()}
+    assert split(whole, [20, 28]) is None
+
+
+def test_large_tiles_start_with_a_large_page(isa):
+    if isa is Isa.PORTABLE:
+        pytest.skip("it reads bit planes")
+    packed_codes = torch.randint(-(2**31), 2**31, (4, 1025, 128), dtype=torch.int32)
+    tiles = [cpu.tile(packed_codes, 4096) for _ in range(3)]
+    assert all(each.data_ptr() % cpu.LARGE_PAGE_BYTES == 0 for each in tiles)
+    assert all(torch.equal(cpu.untile(each, 4, 1025, 4096), packed_codes) for each in tiles)
 
 
 def test_results_do_not_depend_on_the_number_of_threads(isa):
@@ -379,3 +403,27 @@ def test_each_call_returns_memory_of_its_own(isa):
     kept = first.clone()
     multiply(weight, -x)
     assert torch.equal(first, kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_weights_than_an_int32_can_count(isa, dtype):
+    rows, columns = 2**15 + 24, 2**16  # 2 ** 31 and 24 rows
+    packed_codes = torch.randint(-(2**31), 2**31, (2, rows, columns // 32), dtype=torch.int32)
+    codebook, x = torch.randn(rows, 1, 4).half(), torch.randn(1, columns).to(dtype)
+    result = multiply((packed_codes, codebook, None), x)
+    for some in (slice(0, 8), slice(2**14 - 4, 2**14 + 4), slice(2**15 - 8, rows)):
+        part = packed_codes[:, some].contiguous(), codebook[some], None
+        assert torch.equal(result[:, some], multiply(part, x))
+    if cpu.reads_tiles(2, columns, 1):
+        assert torch.equal(cpu.untile(cpu.tile(packed_codes, columns), 2, rows, columns), packed_codes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_more_outputs_than_an_int32_can_count(isa, dtype):
+    rows, batch = 2**12 + 8, 2**19
+    weight, x = make_weight(4, rows, 1, 1), torch.randn(batch, 1).to(dtype)
+    result = lut_matmul(x, *weight[:2])
+    for some in (slice(0, 3), slice(2**31 // rows - 2, 2**31 // rows + 2), slice(batch - 3, batch)):
+        assert torch.equal(result[some], lut_matmul(x[some], *weight[:2]))

@@ -1,5 +1,8 @@
 """Rows of the native solvers depend neither on their neighbours nor on the number of threads, to the last bit."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -94,3 +97,25 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
         threads(count)
         assert all(torch.equal(a, b) for a, b in zip(single, everything(slice(None)), strict=True))
         assert torch.equal(summed, products())
+
+
+def test_a_process_that_was_forked_gets_the_same_result():
+    code = """
+import os, signal, torch
+from quantlab_kernels import solver
+torch.manual_seed(0)
+torch.set_num_threads(2)
+matrix, hessian, codes = torch.randn(256, 64), torch.randn(64, 64), torch.randint(0, 8, (256, 64), dtype=torch.uint8)
+hessian = hessian @ hessian.T
+def run():
+    gram = solver.HessianTriangle(hessian).level_gram(codes, 8)
+    return torch.cat([solver.multiply_symmetric(matrix, hessian).flatten(), gram.flatten()])
+plain = run()
+child = os.fork()
+if not child:
+    signal.alarm(60)  # a child that waits for threads that are gone does so for ever
+    assert torch.equal(run(), plain)
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

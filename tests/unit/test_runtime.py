@@ -246,3 +246,34 @@ def test_inputs_that_require_gradients_get_the_result_of_the_kernel_and_the_deri
 def test_one_sample_has_the_same_result_alone_and_among_others(wide):
     x = torch.randn(9, 128)
     assert torch.equal(torch.cat([wide(sample) for sample in x.split(1)]), wide(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_autocast_decides_the_type_as_it_does_for_dense_layers(layer, dtype):
+    module = LutLinear.from_layer(layer, SPEC, torch.randn(ROWS))
+    dense, x = torch.nn.Linear(COLUMNS, ROWS, dtype=dtype), torch.randn(3, COLUMNS).to(dtype)
+    expected = module(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        result = module(x)
+        assert result.dtype == dense(x).dtype
+        if dtype != torch.float64:
+            assert torch.equal(result, expected)
+        with torch.autocast("cpu", enabled=False):
+            assert module(x).dtype == dtype
+
+
+def test_autocast_compiles_into_one_graph(wide):
+    torch._dynamo.reset()  # one function compiles for so many modules
+    x = torch.randn(3, 128)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(torch.compile(wide, fullgraph=True, backend="aot_eager")(x), wide(x.bfloat16()))
+
+
+def test_the_derivative_passes_through_autocast(wide):
+    x = torch.randn(3, 128, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = wide(x)
+    assert result.dtype == torch.bfloat16
+    gradient = torch.randn(3, 9).bfloat16()
+    result.backward(gradient)
+    assert torch.equal(x.grad, (gradient @ wide.dequantize().bfloat16()).float())

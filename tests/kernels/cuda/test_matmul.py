@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantlab_kernels import cuda, cuda_library, reference
+from quantlab_kernels import cuda, cuda_library, reference, split
 from quantlab_kernels.cuda_library import Codebook
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -47,6 +47,18 @@ def test_every_number_of_tokens_agrees_with_float64(arguments, bits, dtype, make
 def test_any_shape_works(rows, columns, tokens, bits, make_case, emulation):
     case, x = make_case(rows, columns, bits=bits), torch.randn(tokens, columns).half()
     case.check(case.multiply(x), x, dense=tokens > 64)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("arguments", KINDS.values(), ids=KINDS)
+def test_parts_of_a_prepared_weight_are_weights(arguments, bits, make_case, emulation):
+    case, x = make_case(80, 192, bits=bits, **arguments), torch.randn(3, 192).half()
+    prepared = case.prepare(x.dtype)
+    whole, planes = case.multiply(x, prepared), case.packed_codes
+    parts = split(prepared, [32, 16, 32])
+    assert torch.equal(torch.cat([case.multiply(x, part) for part in parts], dim=1), whole)
+    assert torch.equal(torch.cat([part.restore(part) for part in parts], dim=1), planes)
+    assert split(prepared, [40, 40]) is None
 
 
 @pytest.mark.parametrize("group", [128, 256])

@@ -10,8 +10,6 @@
 
 namespace {
 
-constexpr int ROWS_AT_ONCE = 4;
-
 // Writes the weights of a tile row down as (rows, columns), without the padding of the columns.
 struct WriteDense {
     uint16_t* weight;
@@ -50,10 +48,8 @@ int32_t dequantize(const LutMatmul& op, int64_t first_row, int64_t rows, uint16_
             uint16_t* target = weight + tile * TILE_ROWS * op.in_features;
             const uint32_t* codes = op.codes + row * all.last * Block<BITS>::WORDS;
             make_tables<Brain, BITS>(op, row, tables.get());
-            for (int from = 0; from < TILE_ROWS; from += ROWS_AT_ONCE) {
-                WriteDense write{target + from * op.in_features, op.in_features};
-                visit<Brain, BITS, GROUPED, ROWS_AT_ONCE>(op, tables.get(), codes, from, all, write);
-            }
+            WriteDense write{target, op.in_features};
+            visit<Brain, BITS, GROUPED, TILE_ROWS>(op, tables.get(), codes, 0, all, write);
             for (int r = 0; op.outlier_offsets && r < TILE_ROWS && row + r < op.out_features; ++r)
                 add_outliers(op, row + r, target + r * op.in_features);
         }
