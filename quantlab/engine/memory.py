@@ -36,8 +36,8 @@ RUNTIME_BYTES = 512 * 2**20
 """Python, torch and transformers themselves, and what the allocator does not give back."""
 
 SOLVER_MATRICES = 2
-"""Matrices of the size of the Hessian that a method holds beside it: its copy in order, and the factor. While the factor
-is made there is a third one, but nothing yet of the rows."""
+"""Matrices of the size of the Hessian that a method holds beside it: its copy in order, and the factor. While the
+factor is made there is a third one, but nothing yet of the rows."""
 
 SOLVER_ROW_COPIES = 2
 """Float32 copies of the rows being solved: weights, rounded values, errors, codes. Methods hold between 1 and 3."""
