@@ -4,7 +4,8 @@ For every layer three kinds of rows: the stages that methods are made of, one fl
 unit of time, and whole methods beside the textbook implementation of GANQ (`tests/oracles/textbook_ganq.py`). GANQ and
 the textbook are compared with the same Hessian, first tables and number of iterations, which is small for large layers.
 For these, a second ratio compares GANQ's ten iterations with as many of the textbook, whose further iterations take the
-time of its first ones: it is marked as extrapolated. Tables come at the end, and the last one holds the targets.
+time of its first ones: it is marked as extrapolated. The last table holds the targets. Wide layers take long: a quarter of
+an hour and more for 4096x11008.
 """
 
 import argparse
@@ -344,6 +345,8 @@ def main() -> None:
     for layer in layers:
         console.print(f"{layer[0]}, {layer[1]} bits: memory" + ("" if layer in small else " and time"))
         everything[layer] = measure(options, *layer, repeat=1, warm=layer in small)
+        if layer not in small:
+            console.print(render(everything[layer], title(*layer)))
     set_mmap_threshold(LARGE_BUFFER)
     for layer in small:
         console.print(f"{layer[0]}, {layer[1]} bits: time")
@@ -351,14 +354,18 @@ def main() -> None:
         everything[layer] = [
             replace(time, peak_bytes=row.peak_bytes) for row, time in zip(everything[layer], times, strict=True)
         ]
-    for (shape, bits), rows in everything.items():
-        console.print(render(rows, f"{shape} (out x in), {bits} bits"))
+        console.print(render(everything[layer], title(*layer)))
     rows = [row for found in everything.values() for row in found]
     print(*targets(rows), sep="\n")
     environment = {"threads": torch.get_num_threads(), "torch": torch.__version__, "kernels": status()}
     console.print(environment)
     if options.json:
         options.json.write_text(json.dumps({**environment, "rows": [asdict(row) for row in rows]}, indent=1))
+
+
+def title(shape: str, bits: int) -> str:
+    """Of a table."""
+    return f"{shape} (out x in), {bits} bits"
 
 
 if __name__ == "__main__":
