@@ -4,8 +4,8 @@ For every layer three kinds of rows: the stages that methods are made of, one fl
 unit of time, and whole methods beside the textbook implementation of GANQ (`tests/oracles/textbook_ganq.py`). GANQ and
 the textbook are compared with the same Hessian, first tables and number of iterations, which is small for large layers.
 For these, a second ratio compares GANQ's ten iterations with as many of the textbook, whose further iterations take the
-time of its first ones: it is marked as extrapolated. The last table holds the targets. Wide layers take long: a quarter of
-an hour and more for 4096x11008.
+time of its first ones: it is marked as extrapolated. The last table holds the targets. Wide layers take long: a quarter
+of an hour and more for 4096x11008.
 """
 
 import argparse
