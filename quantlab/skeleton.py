@@ -228,6 +228,23 @@ class WeightSource:
             )
 
 
+def open_streamed(source: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, str, list[nn.Module], WeightSource]:
+    """A skeleton with the weights that a forward pass begins with: those outside the blocks, and of the first block.
+
+    Returns:
+        The model, the name of its blocks, the blocks, and where the weights of the others come from.
+
+    Raises:
+        ModelError: the model cannot be streamed.
+    """
+    model = build_skeleton(read_config(source), dtype)
+    prefix, blocks = find_blocks(model)
+    weights = WeightSource(source, model, dtype)
+    weights.load_rest()
+    weights.load_block(0)
+    return model, prefix, list(blocks), weights
+
+
 def align(model: nn.Module) -> None:
     """Copy weights that start at odd addresses, as they may in a mapped file.
 

@@ -26,7 +26,7 @@ from quantlab.engine.statistics import Gradients, StatisticsOptions
 from quantlab.errors import ModelError, NumericalError, ResumableError
 from quantlab.experts import fused_experts, unfuse
 from quantlab.progress import Progress
-from quantlab.skeleton import WeightSource, build_skeleton, find_blocks, read_config, unload
+from quantlab.skeleton import WeightSource, open_streamed, unload
 
 LOGITS_PER_PIECE = 1 << 24  # whose softmax is taken in float32 at a time
 
@@ -87,12 +87,8 @@ def collect_gradients(
             earlier_s: float = json.loads(complete.read_text(encoding="utf-8"))
             return earlier_s
         started = time.monotonic()
-        model = build_skeleton(read_config(source), dtype)
-        prefix, blocks = find_blocks(model)
-        weights = WeightSource(source, model, dtype)
-        weights.load_rest()
-        weights.load_block(0)
-        with open_driver(model, list(blocks), calibration_ids[:1]) as driver:
+        model, prefix, blocks, weights = open_streamed(source, dtype)
+        with open_driver(model, blocks, calibration_ids[:1]) as driver:
             _require_separate_blocks(model, driver)
             progress.begin("gradients", 2 * len(blocks), "blocks")
             work = _Pass(driver, weights, blocks, calibration_ids, options)
@@ -153,7 +149,7 @@ class _Pass:
         self,
         driver: BlockDriver[Any],
         weights: WeightSource,
-        blocks: nn.ModuleList,
+        blocks: Sequence[nn.Module],
         calibration_ids: Tensor,
         options: StatisticsOptions,
     ) -> None:

@@ -19,7 +19,7 @@ from quantlab.engine.drive import open_driver
 from quantlab.engine.linears import find_linears, input_groups, weight_of
 from quantlab.engine.statistics import GroupStatistics, StatisticsCollector, StatisticsOptions, capture_inputs
 from quantlab.experts import fused_experts, unfuse
-from quantlab.skeleton import WeightSource, build_skeleton, find_blocks, read_config, unload
+from quantlab.skeleton import open_streamed, unload
 
 TOKENS_PER_BATCH = 4096
 
@@ -59,12 +59,8 @@ def layer_samples(
     Raises:
         ModelError: the model cannot be streamed.
     """
-    model = build_skeleton(read_config(source), dtype)
-    prefix, blocks = find_blocks(model)
-    weights = WeightSource(source, model, dtype)
-    weights.load_rest()
-    weights.load_block(0)
-    with open_driver(model, list(blocks), calibration_ids[:1]) as driver:
+    model, prefix, blocks, weights = open_streamed(source, dtype)
+    with open_driver(model, blocks, calibration_ids[:1]) as driver:
         texts = [_Text(driver, ids) for ids in (calibration_ids, held_out_ids)]
         for index, block in enumerate(blocks):
             if index > 0:

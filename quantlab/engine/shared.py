@@ -32,7 +32,7 @@ from quantlab.engine.waves import expert_waves, hardly_reached, packed, plain_gr
 from quantlab.errors import CheckpointError, ResumableError
 from quantlab.experts import fused_experts, unfuse
 from quantlab.progress import Progress
-from quantlab.skeleton import WeightSource, build_skeleton, find_blocks, read_config, unload
+from quantlab.skeleton import open_streamed, unload
 
 COMPLETE = "complete.json"
 
@@ -91,12 +91,7 @@ def collect_in_float_model(
             earlier_s: float = json.loads(complete.read_text(encoding="utf-8"))["seconds"]
             return earlier_s
         started, profile = time.monotonic(), Profile()
-        model = build_skeleton(read_config(asked.source), asked.dtype)
-        prefix, found = find_blocks(model)
-        blocks = list(found)
-        weights = WeightSource(asked.source, model, asked.dtype)
-        weights.load_rest()
-        weights.load_block(0)
+        model, prefix, blocks, weights = open_streamed(asked.source, asked.dtype)
         entries: list[dict[str, Any]] = []
         progress.begin("statistics of the float model", len(blocks), "blocks")
         with open_driver(model, blocks, asked.batches[0][:1]) as driver:
