@@ -17,6 +17,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from quantlab.finite import all_finite
+
 MIN_BITS, MAX_BITS = 2, 8
 
 _ROWS, _COLUMNS = 512, 256  # treated at a time where a whole matrix would need a wider copy
@@ -127,7 +129,7 @@ class LayerProblem:
             raise ValueError(f"{self.name}: weight has shape {tuple(self.weight.shape)}; it must be a non-empty matrix")
         if not self.weight.is_floating_point():
             raise ValueError(f"{self.name}: weight has dtype {self.weight.dtype}; it must be floating point")
-        if not torch.isfinite(self.weight).all():
+        if not all_finite(self.weight):
             raise ValueError(f"{self.name}: weight contains NaN or infinity")
         size = self.spec.group_size
         if size is not None and self.in_features % size:
@@ -139,7 +141,7 @@ class LayerProblem:
             hessian, expected = self.statistics.hessian, (self.in_features, self.in_features)
             if tuple(hessian.shape) != expected:
                 raise ValueError(f"{self.name}: Hessian has shape {tuple(hessian.shape)}, expected {expected}")
-            if not torch.isfinite(hessian).all():
+            if not all_finite(hessian):
                 raise ValueError(
                     f"{self.name}: the Hessian contains NaN or infinity; the layer's inputs overflowed during "
                     "calibration (try model.dtype: float32)"
@@ -162,7 +164,7 @@ class LayerProblem:
             raise ValueError(
                 f"{self.name}: the Fisher diagonal has shape {tuple(fisher.shape)}, expected {tuple(self.weight.shape)}"
             )
-        if not (torch.isfinite(fisher) & (fisher >= 0)).all():
+        if not (all_finite(fisher) and (fisher >= 0).all()):
             raise ValueError(f"{self.name}: the Fisher diagonal contains NaN, infinity or negative values")
 
     def require_fisher(self) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import quantlab_kernels
 from quantlab.api import CodebookSpec, Lut, Outliers, QuantizedLayer
 from quantlab.errors import NumericalError
+from quantlab.finite import all_finite
 
 CODEBOOK_DTYPE = torch.float16
 
@@ -486,7 +487,7 @@ class _Multiplication(torch.autograd.Function):
 
 def _to_storage(name: str, values: Tensor) -> Tensor:
     stored = values.detach().to(CODEBOOK_DTYPE)
-    if not torch.isfinite(stored).all():
+    if not all_finite(stored):
         raise NumericalError(
             f"{name} has a largest magnitude of {values.abs().max().item():g}; it is stored as float16, which ends "
             f"at {torch.finfo(CODEBOOK_DTYPE).max:g}: rescale the layer or exclude it"

@@ -32,12 +32,15 @@ def replacing(path: Path) -> Iterator[Path]:
         if os.name == "posix":  # elsewhere a folder cannot be opened, and its entries need no flush of their own
             flush(path.parent)
     except OSError as error:
-        raise ResumableError(
-            f"cannot write {path}: {error}; free some space, or choose a folder that may be written to"
-        ) from error
+        raise refused(path, error) from error
     finally:
         with suppress(OSError):  # what keeps the file from being removed has kept it from being written
             temporary.unlink(missing_ok=True)
+
+
+def refused(path: Path, error: OSError) -> ResumableError:
+    """What to raise if the system refuses to write a file."""
+    return ResumableError(f"cannot write {path}: {error}; free some space, or choose a folder that may be written to")
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, narrow_to: torch.dtype | None = None) -> str:
-    """Write tensors to a file that is either complete or not there.
+    """Write tensors to a file that is either complete or not there, also after a power cut.
 
     Args:
         path: the file; replaced if it exists.
@@ -53,6 +53,20 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, narrow_to: t
 
     Raises:
         CheckpointError: a tensor is on the meta device, or of a dtype that cannot be stored.
+        ResumableError: the system refuses to write.
+    """
+    with replacing(path) as temporary:
+        return write_unsettled(temporary, tensors, narrow_to=narrow_to)
+
+
+def write_unsettled(path: Path, tensors: Mapping[str, Tensor], *, narrow_to: torch.dtype | None = None) -> str:
+    """Write tensors to a file that may be incomplete or gone after a power cut until it is flushed.
+
+    Args and returned value are those of `write_safetensors`.
+
+    Raises:
+        CheckpointError: a tensor is on the meta device, or of a dtype that cannot be stored.
+        OSError: the system refuses to write.
     """
     dtypes = {name: _stored_dtype(name, tensor, narrow_to) for name, tensor in tensors.items()}
     # Wide types first keeps every tensor aligned; names make the order independent of the caller's.
@@ -66,7 +80,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, narrow_to: t
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-(len(head) + 8) % ALIGNMENT_BYTES)
     digest = hashlib.sha256()
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with path.open("wb") as file:
         for part in (len(head).to_bytes(8, "little"), head):
             digest.update(part)
             file.write(part)

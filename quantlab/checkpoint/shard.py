@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantlab.checkpoint.contents import Contents
 from quantlab.errors import CheckpointError
+from quantlab.finite import all_finite
 from quantlab.runtime import ModuleSpec, storage_layout
 from quantlab_kernels.packing import WORD_BITS
 
@@ -58,7 +59,7 @@ def check_layer(name: str, spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> N
         CheckpointError: naming the tensor and what is wrong with it.
     """
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise CheckpointError(f"{name}.{key} contains NaN or infinity")
     used = spec.in_features % WORD_BITS
     if used and (tensors["packed_codes"][..., -1] >> used & (1 << (WORD_BITS - used)) - 1).any():
@@ -91,7 +92,7 @@ def _convert(path: Path, name: str, tensor: Tensor, dtype: torch.dtype, exact: b
     if tensor.dtype != dtype and not castable:
         raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}; the model needs {dtype}")
     converted = tensor.to(dtype)
-    if dtype.is_floating_point and not torch.isfinite(converted).all():
+    if dtype.is_floating_point and not all_finite(converted):
         raise CheckpointError(f"{path}: tensor {name} contains NaN or infinity as {dtype}")
     return converted
 

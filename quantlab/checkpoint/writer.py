@@ -14,6 +14,7 @@ from quantlab.checkpoint.atomic import replacing
 from quantlab.checkpoint.format import CONFIG_NAME, INDEX_NAME, SHARD_PATTERN, QuantizationConfig
 from quantlab.checkpoint.serialize import data_bytes, file_sha256, pieces, write_safetensors
 from quantlab.errors import CheckpointError, ResumableError
+from quantlab.finite import all_finite
 
 SIDE_FILES = (
     "tokenizer*",
@@ -141,7 +142,7 @@ class CheckpointWriter:
             raise CheckpointError(f"tensor {name} is already written to {self._weight_map[name]}")
         if tensor.is_meta:
             raise CheckpointError(f"tensor {name} has no values: it is on the meta device")
-        if tensor.is_floating_point() and not all(torch.isfinite(piece).all() for piece in pieces(tensor)):
+        if tensor.is_floating_point() and not all(all_finite(piece) for piece in pieces(tensor)):
             raise CheckpointError(f"tensor {name} contains NaN or infinity; it is not written")
 
     def _take_over(self, file: str, digest: str) -> None:

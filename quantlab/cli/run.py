@@ -80,11 +80,16 @@ def run(
 
 
 def _print_result(folder: Path) -> None:
-    from quantlab.report.summary import summary_table
+    from quantlab.report.record import read_record
+    from quantlab.report.summary import profile_line, summary_table
+    from quantlab.report.units import format_duration
 
     console = open_console()
     if not console.is_terminal:
         console.width = _FILE_WIDTH
-    console.print(summary_table(folder))
+    record = read_record(folder)
+    console.print(summary_table(record))
+    duration = format_duration(record.manifest["stages_s"]["quantize"])
+    click.echo(f"time:       {duration} to quantize ({profile_line(record)})")
     click.echo(f"run folder: {folder}")
     click.echo(f"report:     {folder / 'report.md'}; `quantlab report {folder}` makes a page of it")

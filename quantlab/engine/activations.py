@@ -1,19 +1,22 @@
 """The hidden states between two decoder blocks, one file per batch, optionally kept in memory as well.
 
-Every generation is written, also when it is kept in memory: a run that is killed continues from the hidden
-states themselves. Computing them again on another path would be close to them but not equal.
+A generation that a killed run would continue from is written, also when it is kept in memory: computing it again on
+another path would be close to it but not equal. Waiting for the disk is left to a thread, since it takes longer than
+writing and nothing but time.
 """
 
 import shutil
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantlab.checkpoint.atomic import flush
-from quantlab.checkpoint.serialize import file_sha256, write_safetensors
+from quantlab.checkpoint.atomic import flush, refused
+from quantlab.checkpoint.serialize import file_sha256, write_unsettled
 from quantlab.errors import CheckpointError
 
 _NAME = "hidden"
@@ -25,14 +28,16 @@ class Activations:
     Args:
         folder: where the files are written; created if it does not exist.
         in_memory: whether tensors that were put are kept, so that they need not be read again.
+        lasting: whether another process may go on from here, so that files are needed in any case.
         shared: whether another process may be about to write the same files: one that was given up for lost.
     """
 
-    def __init__(self, folder: Path, *, in_memory: bool, shared: bool = False) -> None:
+    def __init__(self, folder: Path, *, in_memory: bool, lasting: bool = False, shared: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._shared = shared
         self._folder = folder
-        self._in_memory = in_memory
+        self._in_memory, self._lasting, self._shared = in_memory, lasting, shared
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        self._flushing: Future[None] | None = None
         self._kept: dict[int, Tensor] = {}
         self._hashes: dict[str, str] = {}
 
@@ -42,14 +47,20 @@ class Activations:
         Raises:
             ResumableError: they cannot be written.
         """
-        path = self._folder / self.file_name(batch)
-        own = path.with_name(f"{uuid.uuid4().hex}.safetensors") if self._shared else path
-        self._hashes[path.name] = write_safetensors(own, {_NAME: hidden})
-        if self._shared:
-            own.replace(path)
-            flush(self._folder)
         if self._in_memory:
             self._kept[batch] = hidden
+        if self._lasting or not self._in_memory:
+            self._write(self._folder / self.file_name(batch), hidden)
+
+    def settle(self) -> None:
+        """Return when what another process may go on from is on the disk.
+
+        Raises:
+            ResumableError: it cannot be written.
+        """
+        if self._lasting:
+            self._await_flush()
+            flush(self._folder)
 
     def get(self, batch: int) -> Tensor:
         """The hidden states of a batch."""
@@ -58,7 +69,7 @@ class Activations:
         return load_file(self._folder / self.file_name(batch))[_NAME]
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 by file name of everything that was put."""
+        """SHA-256 by file name of everything that was written."""
         return dict(self._hashes)
 
     def restore(self, hashes: Mapping[str, str]) -> None:
@@ -89,6 +100,27 @@ class Activations:
     def file_name(batch: int) -> str:
         """The file of a batch, by its number."""
         return f"batch-{batch:05d}.safetensors"
+
+    def _write(self, path: Path, hidden: Tensor) -> None:
+        written = path.with_name(f"{uuid.uuid4().hex}.safetensors") if self._shared else path
+        try:
+            written.unlink(missing_ok=True)  # not overwritten: a tensor that was read from it may still be in use
+            self._hashes[path.name] = write_unsettled(written, {_NAME: hidden})
+            written.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                written.unlink(missing_ok=True)
+            raise refused(path, error) from error
+        if self._lasting:
+            self._await_flush()  # of the batch before, so that the system does not fall behind by much
+            self._flushing = self._flusher.submit(flush, path)
+
+    def _await_flush(self) -> None:
+        if self._flushing is not None:
+            try:
+                self._flushing.result()
+            except OSError as error:
+                raise refused(self._folder, error) from error
 
     @staticmethod
     def _batch(file_name: str) -> int:

@@ -100,6 +100,10 @@ class BlockDriver(ABC, Generic[Batch]):
         self._model = model
         self._blocks = blocks
 
+    def is_last(self, index: int) -> bool:
+        """Whether block `index` is the one whose output the logits follow from."""
+        return index == len(self._blocks) - 1
+
     @abstractmethod
     def record(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Batch]:
         """Run the model up to its first block.

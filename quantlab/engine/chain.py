@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quantlab.engine.activations import Activations
@@ -13,6 +12,10 @@ from quantlab.engine.calls import BlockDriver
 from quantlab.engine.profile import Profile
 from quantlab.engine.recall import Recall
 from quantlab.errors import CheckpointError, NumericalError
+from quantlab.finite import all_finite
+
+CHECKED_BATCH = 0
+"""Number of the batch whose logits a run keeps, the only one that it needs behind the last block."""
 
 
 class Chain:
@@ -27,6 +30,8 @@ class Chain:
         numbers: of the batches in the calibration set, if they are a part of it; files are named by them, and other
             processes work on the other parts.
         begin: whether the batches stand before the first block; otherwise `stand_at` says where, before anything else.
+        resumable: whether another process may go on where this one is, from files.
+        finishing: number of the only batch that is wanted behind the last block; None for all of them.
 
     Attributes:
         recall: of the block that is next, if its parts need not be run again in every pass.
@@ -44,6 +49,8 @@ class Chain:
         profile: Profile,
         numbers: range | None = None,
         begin: bool = True,
+        resumable: bool = False,
+        finishing: int | None = None,
     ) -> None:
         self._driver = driver
         self._folder = folder
@@ -51,6 +58,7 @@ class Chain:
         self._profile = profile
         self._numbers = range(len(batches)) if numbers is None else numbers
         self._shared = numbers is not None
+        self._resumable, self._finishing = resumable, finishing
         self._recorded: list[Any] = []
         self._standing_at = 0
         self._hidden = self.generation(0)
@@ -60,6 +68,7 @@ class Chain:
             self._recorded.append(batch)
             if begin:
                 self._put(self._hidden, number, hidden)
+        self._settle(self._hidden)
 
     def __len__(self) -> int:
         return len(self._recorded)
@@ -73,7 +82,7 @@ class Chain:
             return self._driver.run_block(index, hidden, self._recorded[batch])
 
     def propagate(self, index: int, name: str) -> Activations:
-        """Run every batch through block `index`, and go on to the next block.
+        """Run every batch that is wanted there through block `index`, and go on to the next block.
 
         Args:
             index: of the block.
@@ -87,15 +96,18 @@ class Chain:
             ResumableError: the hidden states cannot be written.
         """
         following = self.generation(index + 1)
-        for position, batch in enumerate(self._recorded):
+        for position, (number, batch) in enumerate(zip(self._numbers, self._recorded, strict=True)):
+            if self._driver.is_last(index) and self._finishing not in (None, number):
+                continue
             output = self.run(index, position)
-            if not torch.isfinite(output).all():
+            if not all_finite(output):
                 raise NumericalError(
                     f"{name}: its output contains NaN or infinity in {output.dtype}; use --set model.dtype=float32"
                 )
             with self._profile.timed("forward"):
                 hidden = self._driver.advance(index, output, batch)
-            self._put(following, self._numbers[position], hidden)
+            self._put(following, number, hidden)
+        self._settle(following)
         passed, self._hidden = self._hidden, following
         self._standing_at = index + 1
         return passed
@@ -148,8 +160,14 @@ class Chain:
     def generation(self, index: int) -> Activations:
         """The hidden states at the door of a block."""
         folder = self._folder / f"block-{index:05d}"
-        return Activations(folder, in_memory=self._in_memory, shared=self._shared)
+        # Before the first block a run begins anew, while a process that takes over one of several parts goes on.
+        lasting = self._resumable and (index > 0 or self._shared)
+        return Activations(folder, in_memory=self._in_memory, lasting=lasting, shared=self._shared)
 
     def _put(self, generation: Activations, batch: int, hidden: Tensor) -> None:
         with self._profile.timed("write"):
             generation.put(batch, hidden)
+
+    def _settle(self, generation: Activations) -> None:
+        with self._profile.timed("write"):
+            generation.settle()

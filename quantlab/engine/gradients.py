@@ -25,6 +25,7 @@ from quantlab.engine.sensitivity import LayerSensitivity, observed
 from quantlab.engine.statistics import Gradients, StatisticsOptions
 from quantlab.errors import ModelError, NumericalError, ResumableError
 from quantlab.experts import fused_experts, unfuse
+from quantlab.finite import all_finite
 from quantlab.progress import Progress
 from quantlab.skeleton import WeightSource, open_streamed, unload
 
@@ -202,7 +203,7 @@ class _Pass:
             with torch.enable_grad(), observed(linears, found):
                 output = self._driver.run_block(index, hidden, batch)
                 (gradient,) = torch.autograd.grad(output, hidden, gradients.get(sequence))
-            if not torch.isfinite(gradient).all():
+            if not all_finite(gradient):
                 raise NumericalError(
                     f"the gradient by the input of block {index} contains NaN or infinity in sequence {sequence}; "
                     "try model.dtype: float32"

@@ -87,7 +87,7 @@ class RecordingDriver(BlockDriver[RecordedBatch]):
         """The logits of a forward in which only the last block is given a meaningful output."""
 
         def jump(call: BlockCall) -> Any:
-            return join_output(output if call.index == len(self._blocks) - 1 else call.hidden, self._rest)
+            return join_output(output if self.is_last(call.index) else call.hidden, self._rest)
 
         with forward_replaced(self._blocks, jump):
             result = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantlab.engine.chain import Chain
+from quantlab.engine.chain import CHECKED_BATCH, Chain
 from quantlab.engine.collect import Group, Place, collect_batches, propagate_chains
 from quantlab.engine.drive import open_driver
 from quantlab.engine.gradients import read_gradients
@@ -130,6 +130,8 @@ class _Replica:
                 profile=Profile(),
                 numbers=site.numbers,
                 begin=begin,
+                resumable=True,
+                finishing=CHECKED_BATCH,
             )
             for name in site.chains
         }

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from quantlab.engine.activations import Activations
-from quantlab.engine.chain import Chain
+from quantlab.engine.chain import CHECKED_BATCH, Chain
 from quantlab.engine.collect import Group, Place, collect_batches, propagate_chains
 from quantlab.engine.replica import ShardSite, collect_shard, propagate_shard, start_shard
 from quantlab.engine.statistics import GroupStatistics, PartialStatistics, StatisticsCollector
@@ -165,20 +165,17 @@ class RemoteShards:
 
     def continue_from(self, index: int, hashes: Hashes) -> None:
         """See Shards."""
-        split: list[Hashes] = [
-            {
-                name: {Activations.file_name(batch): own[Activations.file_name(batch)] for batch in numbers}
-                for name, own in hashes.items()
-            }
-            for numbers in self._numbers
-        ]
+        split: list[Hashes] = []
+        for numbers in self._numbers:
+            files = set(map(Activations.file_name, numbers))  # behind the last block, not all of them are there
+            split.append({name: {file: own[file] for file in files & own.keys()} for name, own in hashes.items()})
         self._stand(index, split)
 
     def _stand(self, index: int, hashes: list[Hashes]) -> None:
         self._index, self._hashes = index, hashes
-        first = Activations.file_name(0)
+        checked = Activations.file_name(CHECKED_BATCH)
         for name, chain in self._chains.items():
-            chain.stand_at(index, {first: hashes[0][name][first]})
+            chain.stand_at(index, {checked: hashes[0][name][checked]})
 
     def _run(self, function: Any, units: list[tuple[Any, ...]]) -> Any:
         return self._executor.map(function, units, sticky=True)

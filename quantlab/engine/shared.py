@@ -118,7 +118,8 @@ def collect_in_float_model(
                     profile=profile,
                 )
                 entries += _collect_block(asked, shards, place, chain, folder)
-                chain.propagate(index, name).remove()
+                if not driver.is_last(index):
+                    chain.propagate(index, name).remove()
                 unload(block)
                 progress.advance(detail=f"block {index + 1}/{len(blocks)}")
                 if stop():

@@ -33,6 +33,7 @@ from quantlab.engine.target import targets_of
 from quantlab.engine.verify import verify_answer
 from quantlab.errors import NumericalError, QualityError
 from quantlab.executors import Executor, LocalExecutor
+from quantlab.finite import all_finite
 from quantlab.runtime import LutLinear
 
 
@@ -201,7 +202,7 @@ def prepare(quantizer: StatisticsPreparer, what: str, hessian: Tensor, num_token
         num_tokens: behind the Hessian.
         gpus: CUDA devices to compute on, if more than 0.
     """
-    if not torch.isfinite(hessian).all():
+    if not all_finite(hessian):
         return None  # every problem with this Hessian is refused by its own name
     device = solving_device(gpus)
     statistics = InputStatistics(hessian=hessian.to(device), num_tokens=num_tokens)

@@ -25,7 +25,7 @@ from quantlab.checkpoint.writer import CheckpointWriter
 from quantlab.engine.activations import Activations
 from quantlab.engine.block import BlockJob, quantize_block
 from quantlab.engine.calls import BlockDriver
-from quantlab.engine.chain import Chain
+from quantlab.engine.chain import CHECKED_BATCH, Chain
 from quantlab.engine.collect import Place
 from quantlab.engine.drive import open_driver
 from quantlab.engine.finished import BLOCK, REST, FinishedBlock
@@ -190,10 +190,11 @@ class _Stream:
         self._memory = self._plan_memory(outside_stays=False)
         self._batches = request.calibration_ids.split(self._memory.tokens_per_batch // request.calibration_ids.shape[1])
         self._storage_dtype = _narrower(request.dtype, getattr(config, "dtype", None))
-        self._model = build_skeleton(config, request.dtype)
-        self._prefix, blocks = find_blocks(self._model)
-        self._blocks: list[nn.Module] = list(blocks)
-        self._weights = WeightSource(request.source, self._model, request.dtype)
+        with self._profile.timed("load"):
+            self._model = build_skeleton(config, request.dtype)
+            self._prefix, blocks = find_blocks(self._model)
+            self._blocks: list[nn.Module] = list(blocks)
+            self._weights = WeightSource(request.source, self._model, request.dtype)
         self._done = [FinishedBlock.from_entry(entry) for entry in journal.of_kind(BLOCK)]
 
     @property
@@ -256,8 +257,9 @@ class _Stream:
             passed = self._shards.propagate(place)
             self._chains[QUANTIZED].recall = None
         self._commit(index, results)
-        for hidden in passed:
-            hidden.remove()
+        with self._profile.timed("write"):
+            for hidden in passed:
+                hidden.remove()
         self._leave_block(block, originals)
 
     def finish(self) -> StreamResult:
@@ -266,7 +268,7 @@ class _Stream:
             with self._profile.timed("load"):
                 self._weights.load_rest()
         with self._profile.timed("forward"):
-            logits = self._chains[QUANTIZED].finish(0)
+            logits = self._chains[QUANTIZED].finish(CHECKED_BATCH)
         seconds = Counter(self._profile.take())
         for entry in self._journal.of_kind(BLOCK):
             seconds.update(entry["seconds"])
@@ -274,7 +276,7 @@ class _Stream:
             layers=tuple(layer for block in self._done for layer in block.layers),
             modules={name: spec for block in self._done for name, spec in block.modules.items()},
             unfused_experts=self._survey.unfused_experts,
-            check_ids=self._batches[0],
+            check_ids=self._batches[CHECKED_BATCH],
             check_logits=logits,
             drive_mode=self._driver.mode,
             seconds={part: round(value, 3) for part, value in seconds.items()},
@@ -378,6 +380,8 @@ class _Stream:
                 profile=self._profile,
                 numbers=range(1) if remote else None,
                 begin=not remote,
+                resumable=True,
+                finishing=CHECKED_BATCH,
             )
             for name in names
         }

@@ -52,7 +52,7 @@ class SuspendingDriver(BlockDriver["PausedForward"]):
     def advance(self, index: int, output: Tensor, batch: "PausedForward") -> Tensor:
         """Let the forward go on to its next block; the last block is left by `finish`."""
         self._require_call(index, batch.waiting_at)
-        if index == len(self._blocks) - 1:
+        if self.is_last(index):
             return output
         return self._require_call(index + 1, batch.resume(join_output(output, batch.rest))).hidden
 

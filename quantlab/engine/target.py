@@ -18,6 +18,7 @@ from torch import Tensor
 from quantlab.engine.moments import Moments
 from quantlab.engine.statistics import GroupStatistics, row_groups
 from quantlab.errors import NumericalError
+from quantlab.finite import all_finite
 from quantlab.solvers.cholesky import damped_cholesky
 
 TARGET_DAMPING = 0.01
@@ -55,7 +56,7 @@ def targets_of(weights: Mapping[str, Tensor], statistics: GroupStatistics) -> di
 
 def _shift(views: list[Tensor], moments: Moments, alpha: float) -> None:
     """Add α W D (H + λ I)⁻¹ to weights, in place: (rows, in_features) each."""
-    if moments.drift is None or not (torch.isfinite(moments.hessian).all() and torch.isfinite(moments.drift).all()):
+    if moments.drift is None or not (all_finite(moments.hessian) and all_finite(moments.drift)):
         raise NumericalError("the statistics contain NaN or infinity (try model.dtype: float32)")
     factor = damped_cholesky(moments.hessian, TARGET_DAMPING)
     if factor.damping > TARGET_DAMPING:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quantlab.api import LayerProblem, QuantizedLayer, layer_loss
 from quantlab.errors import PluginError
+from quantlab.finite import all_finite
 
 REPORTED_LOSS_TOLERANCE = 1e-3  # relative; methods accumulate in float32, the engine in float64
 
@@ -33,9 +34,9 @@ def verify_answer(problem: LayerProblem, answer: QuantizedLayer, hessian: Tensor
     levels = answer.codebook.levels()
     expected = (problem.out_features, groups, spec.levels)
     require(tuple(levels.shape) == expected, f"the codebook has shape {tuple(levels.shape)}, expected {expected}")
-    require(bool(torch.isfinite(levels).all()), "the codebook contains NaN or infinity")
+    require(all_finite(levels), "the codebook contains NaN or infinity")
     if answer.outliers is not None:
-        require(bool(torch.isfinite(answer.outliers.values).all()), "outliers contain NaN or infinity")
+        require(all_finite(answer.outliers.values), "outliers contain NaN or infinity")
     require(all(map(math.isfinite, answer.diagnostics.values())), "diagnostics contain NaN or infinity")
     if "loss" in answer.diagnostics:
         reported = answer.diagnostics["loss"]

@@ -108,8 +108,9 @@ class _Streamed:
         unfuse(self.block(index), fused_experts(self.block(index)))
 
     def leave(self, index: int) -> None:
-        for chain in self.chains.values():
-            chain.propagate(index, f"block {index}").remove()
+        if index < len(self._parts.blocks) - 1:
+            for chain in self.chains.values():
+                chain.propagate(index, f"block {index}").remove()
         self._parts.unload_block(index)
 
 

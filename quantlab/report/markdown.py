@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.report.record import RunRecord, read_record
-from quantlab.report.summary import summary_rows, verdict
+from quantlab.report.summary import profile_line, summary_rows, verdict
 from quantlab.report.units import format_bytes, format_count, format_duration
 
 FILE_NAME = "report.md"
@@ -81,6 +81,7 @@ def provenance(record: RunRecord) -> list[list[str]]:
         ["calibration", text],
         *([f"evaluation {name}", _corpus(values)] for name, values in record.perplexity.items()),
         ["time", f"{format_duration(manifest['wall_s'])} in all; {stages}"],
+        ["quantizing", profile_line(record)],
         ["peak memory", format_bytes(manifest["peak_rss_bytes"])],
         ["versions", ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())],
     ]

@@ -1,23 +1,17 @@
 """The end table of a run: the float model above, the quantized model below."""
 
-from pathlib import Path
-
 from rich.table import Table
 
-from quantlab.report.record import RunRecord, read_record
+from quantlab.report.record import RunRecord
 from quantlab.report.units import format_bytes, format_duration
 
 MARGIN = 0.01
 """Smaller differences from round-to-nearest are no result: rounding to storage precision alone makes some."""
 
 
-def summary_table(run_folder: Path) -> Table:
-    """The end table for the terminal.
-
-    Raises:
-        UsageError: the folder is not that of a finished run.
-    """
-    header, *rows = summary_rows(read_record(run_folder))
+def summary_table(record: RunRecord) -> Table:
+    """The end table for the terminal."""
+    header, *rows = summary_rows(record)
     table = Table(header_style="bold")
     table.add_column(header[0])
     for name in header[1:]:
@@ -49,6 +43,16 @@ def summary_rows(record: RunRecord) -> list[list[str]]:
     reference += ["", ""]
     quantized += [format_duration(manifest["stages_s"]["quantize"]), format_bytes(manifest["peak_rss_bytes"])]
     return [header, reference, quantized]
+
+
+def profile_line(record: RunRecord) -> str:
+    """Where the time of quantizing went, the largest part first, for example "forward 61%, solve 31%, write 2%"."""
+    whole_s = record.manifest["stages_s"]["quantize"]
+    parts = dict(record.manifest.get("engine_s", {}))
+    parts["other"] = max(0.0, whole_s - sum(parts.values()))
+    shares = sorted(parts.items(), key=lambda part: -part[1])
+    total_s = sum(parts.values()) or 1.0
+    return ", ".join(f"{name} {seconds / total_s:.0%}" for name, seconds in shares)
 
 
 def verdict(record: RunRecord) -> str:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from quantlab.api import LayerProblem, LayerQuantizer, QuantizedLayer, layer_loss
+from quantlab.finite import all_finite
 from quantlab.testing.check import require
 
 AGREEMENT = 1e-4
@@ -70,7 +71,7 @@ def require_sound(layer: QuantizedLayer, problem: LayerProblem) -> None:
     require_valid_codes(layer, problem)
     require_valid_codebook(layer, problem)
     weight_hat = layer.dequantize()
-    require(bool(torch.isfinite(weight_hat).all()), f"{_request(problem)}: the dequantized weight is not finite")
+    require(all_finite(weight_hat), f"{_request(problem)}: the dequantized weight is not finite")
 
 
 def require_valid_codes(layer: QuantizedLayer, problem: LayerProblem) -> None:
@@ -90,7 +91,7 @@ def require_valid_codebook(layer: QuantizedLayer, problem: LayerProblem) -> None
     expected = (torch.float32, (problem.out_features, groups, spec.levels), problem.weight.device)
     actual = (levels.dtype, tuple(levels.shape), levels.device)
     require(actual == expected, f"{request}: codebook levels are {actual}, expected {expected}")
-    require(bool(torch.isfinite(levels).all()), f"{request}: the codebook is not finite")
+    require(all_finite(levels), f"{request}: the codebook is not finite")
 
 
 def _request(problem: LayerProblem) -> str:

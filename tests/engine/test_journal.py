@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -6,6 +7,7 @@ from safetensors.torch import load_file
 
 from quantlab.checkpoint import serialize
 from quantlab.checkpoint.serialize import data_bytes, write_safetensors
+from quantlab.engine import activations
 from quantlab.engine.activations import Activations
 from quantlab.engine.fingerprint import require_same_run, source_fingerprint
 from quantlab.engine.journal import Journal
@@ -42,9 +44,10 @@ def test_an_entry_that_cannot_be_written_leaves_the_journal_as_it_was(tmp_path, 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_hidden_states_come_back_bit_for_bit_also_in_another_process(tmp_path, in_memory):
     hidden = [torch.randn(2, 3, 4, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
-    written = Activations(tmp_path / "a", in_memory=in_memory)
+    written = Activations(tmp_path / "a", in_memory=in_memory, lasting=True)
     for batch, states in enumerate(hidden):
         written.put(batch, states)
+    written.settle()
     restored = Activations(tmp_path / "a", in_memory=in_memory)
     restored.restore(written.hashes())
     for source in (written, restored):
@@ -53,6 +56,34 @@ def test_hidden_states_come_back_bit_for_bit_also_in_another_process(tmp_path, i
             assert source.get(batch).dtype == states.dtype
     restored.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hidden_states_in_memory_from_which_nobody_goes_on_are_not_written(tmp_path):
+    states = Activations(tmp_path, in_memory=True)
+    states.put(0, torch.arange(4))
+    states.settle()
+    assert torch.equal(states.get(0), torch.arange(4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_does_not_take_hidden_states_is_reported_before_they_are_relied_upon(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    states = Activations(tmp_path, in_memory=True, lasting=True)
+    monkeypatch.setattr(activations, "flush", full)
+    states.put(0, torch.zeros(4))
+    with pytest.raises(ResumableError, match="No space left"):
+        states.settle()
+
+
+def test_a_tensor_that_was_read_survives_that_its_file_is_written_again(tmp_path):
+    states = Activations(tmp_path, in_memory=False)
+    states.put(0, torch.zeros(4))
+    before = states.get(0)
+    states.put(0, torch.ones(4))
+    assert torch.equal(before, torch.zeros(4))
+    assert torch.equal(states.get(0), torch.ones(4))
 
 
 def test_changed_hidden_states_are_refused(tmp_path):

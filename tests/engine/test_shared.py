@@ -151,7 +151,7 @@ def test_the_float_model_is_passed_once_and_its_time_counts_for_every_run(
     monkeypatch.setattr(stream, "plan_memory", one_sequence_per_batch(stream.plan_memory))
     batches = len(token_ids)
     first = quantize(model_folder("llama"), tmp_path / "first", token_ids, shared_statistics=tmp_path / "shared")
-    assert passes == [batches] * 3 + [1] * 3
+    assert passes == [batches] * 2 + [1] * 3  # nothing reads what leaves the last block
     passes.clear()
     second = quantize(model_folder("llama"), tmp_path / "second", token_ids, shared_statistics=tmp_path / "shared")
     assert passes == [1] * 3

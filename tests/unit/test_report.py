@@ -64,7 +64,7 @@ def write(tmp_path):
 def rendered(folder):
     console = Console(width=140)
     with console.capture() as capture:
-        console.print(summary_table(folder))
+        console.print(summary_table(read_record(folder)))
     return capture.get()
 
 

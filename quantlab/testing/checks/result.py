@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantlab.api import MAX_BITS, MIN_BITS, LayerQuantizer, Statistic
+from quantlab.finite import all_finite
 from quantlab.testing.check import contract_check, require, require_refusal, skip
 from quantlab.testing.judging import (
     relative_loss,
@@ -61,7 +62,7 @@ def outliers_are_unique_and_ascend(quantizer: LayerQuantizer, device: str) -> No
     inside = (rows >= 0) & (rows < problem.out_features) & (columns >= 0) & (columns < problem.in_features)
     require(bool(inside.all()), f"an outlier lies outside the weight {tuple(problem.weight.shape)}")
     require(bool((torch.diff(rows * problem.in_features + columns) > 0).all()), "outliers do not ascend, or repeat")
-    require(bool(torch.isfinite(values).all()), "an outlier is not finite")
+    require(all_finite(values), "an outlier is not finite")
 
 
 @contract_check()
