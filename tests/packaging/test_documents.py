@@ -34,3 +34,14 @@ def test_the_readme_has_the_commands_that_continuous_integration_runs(name):
     assert match is not None
     assert "pip install -c constraints.txt" in match[1]
     assert match[1].count("\n") == 1, "one command, one line"
+
+
+def test_the_readme_tells_what_the_full_table_of_architectures_tells():
+    full, short = (ROOT / "tests/engine/architectures.md").read_text(), (ROOT / "README.md").read_text()
+    refused = [name for row in re.findall(r"^\| refused: .*? \| (.*?) \|", full, re.M) for name in row.split(", ")]
+    told = [
+        name for row in re.findall(r"^\| \d+ \| refused: .*? \| (.*?) \|$", short, re.M) for name in row.split(", ")
+    ]
+    assert sorted(told) == sorted(refused)
+    exact = re.findall(r"^\| exact\b.*? (\d+) \|$", full, re.M)[:2]
+    assert re.findall(r"^\| (\d+) \| exact", short, re.M) == exact
