@@ -38,10 +38,8 @@ def test_the_readme_has_the_commands_that_continuous_integration_runs(name):
 
 def test_the_readme_tells_what_the_full_table_of_architectures_tells():
     full, short = (ROOT / "tests/engine/architectures.md").read_text(), (ROOT / "README.md").read_text()
-    refused = [name for row in re.findall(r"^\| refused: .*? \| (.*?) \|", full, re.M) for name in row.split(", ")]
-    told = [
-        name for row in re.findall(r"^\| \d+ \| refused: .*? \| (.*?) \|$", short, re.M) for name in row.split(", ")
-    ]
-    assert sorted(told) == sorted(refused)
+    refused = re.findall(r"^\| refused: .*? \| (.*?) \|", full, re.M)
+    told = re.findall(r"^\| \d+ \| refused: .*? \| (.*?) \|$", short, re.M)
+    assert sorted(", ".join(told).split(", ")) == sorted(refused)
     exact = re.findall(r"^\| exact\b.*? (\d+) \|$", full, re.M)[:2]
     assert re.findall(r"^\| (\d+) \| exact", short, re.M) == exact
