@@ -34,7 +34,7 @@ from quantlab.executors import Executor, Link, LocalExecutor
 from quantlab.memory import reset_peak_rss
 from quantlab.models import resolve_model
 from quantlab.pipeline import execute, versions
-from quantlab.plan import compute_dtype
+from quantlab.plan import compute_dtype, engine_options
 from quantlab.progress import Progress
 from quantlab.recipe import (
     CalibrationSection,
@@ -47,7 +47,7 @@ from quantlab.recipe import (
     load_recipe,
 )
 from quantlab.recipe.layers import MethodAssignment, assign_methods
-from quantlab.skeleton import load_model, read_config
+from quantlab.skeleton import CPU, load_model, read_config
 
 CELLS = "cells"
 FAILURE_SUFFIX = ".failed.json"
@@ -415,8 +415,9 @@ class _Reference:
     def __init__(self, model_folder: Path, recipe: Recipe, folder: Path) -> None:
         self._model_folder = model_folder
         self._dtype = compute_dtype(recipe, read_config(model_folder))
+        self._device = engine_options(recipe).device
         # Not only one for all: a comparison that was stopped may go on with another model in the same folder.
-        self._folder = folder / _digest(f"{source_fingerprint(model_folder)} {self._dtype} {versions()}")
+        self._folder = folder / _digest(f"{source_fingerprint(model_folder)} {self._dtype} {self._device} {versions()}")
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, index: int, ids: Tensor) -> Tensor:
@@ -424,7 +425,7 @@ class _Reference:
         with one_at_a_time(path):  # another cell may be about to ask the same
             if path.is_file():
                 return load_file(path)["logits"]
-            logits = in_memory(self._model)(index, ids)
+            logits = in_memory(self._model)(index, ids).to(CPU)
             if logits.nbytes + self._size() <= REFERENCE_BYTES:
                 with replacing(path) as temporary:
                     save_file({"logits": logits.contiguous()}, temporary)
@@ -451,7 +452,7 @@ class _Reference:
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        return load_model(self._model_folder, self._dtype)
+        return load_model(self._model_folder, self._dtype, self._device)
 
 
 def _digest(text: str) -> str:

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 
 from quantlab.checkpoint.names import MANIFEST_NAME
 from quantlab.engine.calls import BlockCall, forward_replaced
+from quantlab.engine.device import is_there, synchronize
 from quantlab.engine.moments import Moments
 from quantlab.engine.solve import SolveOptions, solve_layers
 from quantlab.engine.statistics import GroupStatistics
@@ -27,7 +28,7 @@ from quantlab.errors import UsageError
 from quantlab.plan import Plan
 from quantlab.recipe.layers import LayerMethod
 from quantlab.runtime import CodebookKind, LutLinear, ModuleSpec, storage_layout
-from quantlab.skeleton import build_skeleton, find_blocks
+from quantlab.skeleton import CPU, build_skeleton, find_blocks, place_buffers
 from quantlab.solvers.products import add_products
 
 _PROBE_ROWS, _PROBE_COLUMNS = 256, (256, 1024)
@@ -96,17 +97,21 @@ class Rates:
         }
 
 
-def probe(method: LayerMethod) -> MethodProbe:
+def probe(method: LayerMethod, device: torch.device = CPU) -> MethodProbe:
     """Let the engine quantize two small random layers with a method.
+
+    Args:
+        method: with its budget.
+        device: where to solve them.
 
     Raises:
         QuantlabError: it cannot.
     """
     group = method.spec.group_size or 1
     narrow, wide = (group * max(1, columns // group) for columns in _PROBE_COLUMNS)
-    _solve_random(method, narrow)  # the first call may compile
-    narrow_s, _ = _solve_random(method, narrow)
-    wide_s, module = _solve_random(method, max(wide, 2 * narrow))
+    _solve_random(method, narrow, device)  # the first call may compile
+    narrow_s, _ = _solve_random(method, narrow, device)
+    wide_s, module = _solve_random(method, max(wide, 2 * narrow), device)
     wide = module.spec.in_features
     slope = max(0.0, wide_s / wide - narrow_s / narrow) / (wide - narrow) / _PROBE_ROWS
     return MethodProbe(
@@ -117,13 +122,13 @@ def probe(method: LayerMethod) -> MethodProbe:
     )
 
 
-def _solve_random(method: LayerMethod, columns: int) -> tuple[float, LutLinear]:
+def _solve_random(method: LayerMethod, columns: int, device: torch.device) -> tuple[float, LutLinear]:
     """The seconds that it takes to solve a random layer, and the answer."""
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(columns, _PROBE_ROWS, bias=False)
-    weight = torch.randn(_PROBE_ROWS, columns, generator=generator)
+    weight = torch.randn(_PROBE_ROWS, columns, generator=generator).to(device)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    inputs = torch.randn(2 * columns, columns, generator=generator)
+    inputs = torch.randn(2 * columns, columns, generator=generator).to(device)
     statistics = GroupStatistics(
         moments={"probe": (Moments(hessian=inputs.T @ inputs / len(inputs)),)},
         num_tokens=len(inputs),
@@ -132,22 +137,24 @@ def _solve_random(method: LayerMethod, columns: int) -> tuple[float, LutLinear]:
     options = SolveOptions(quantizer=method.quantizer, spec=method.spec, allow_fallbacks=True)
     started = time.perf_counter()
     module, _ = solve_layers({"probe": linear}, statistics, {"probe": options})["probe"]
+    synchronize(device)
     return time.perf_counter() - started, module
 
 
 @torch.no_grad()
-def block_seconds(config: PretrainedConfig, dtype: torch.dtype) -> float:
+def block_seconds(config: PretrainedConfig, dtype: torch.dtype, device: torch.device = CPU) -> float:
     """The time that the first block of a model takes for one token of calibration text.
 
     Its weights are zero, and so are those outside the blocks: their memory is never touched but to be read.
     """
     model = build_skeleton(config, dtype)
+    place_buffers(model, device)
     first, *others = find_blocks(model)[1]
     elsewhere = {id(module) for block in others for module in block.modules()}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(module) not in elsewhere:
-                zeros = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
                 module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
     tokens = min(_PROBE_TOKENS, getattr(config, "max_position_embeddings", None) or _PROBE_TOKENS)
     seconds: list[float] = []
@@ -159,11 +166,12 @@ def block_seconds(config: PretrainedConfig, dtype: torch.dtype) -> float:
         for _ in range(2):  # the first may prepare what later ones use
             started = time.perf_counter()
             call.arguments.call(partial(type(first).forward, first), call.hidden)
+            synchronize(device)
             seconds.append(time.perf_counter() - started)
         raise Measured
 
     with suppress(Measured), forward_replaced([first], measure):
-        model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+        model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=device), use_cache=False)
     return min(seconds) / tokens
 
 
@@ -182,16 +190,23 @@ def stored_bytes(shape: tuple[int, int], method: LayerMethod, probed: MethodProb
 
 
 def _measured_seconds(
-    plan: Plan, config: PretrainedConfig, dtype: torch.dtype, work: Work, probes: dict[int, MethodProbe]
+    plan: Plan,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    work: Work,
+    probes: dict[int, MethodProbe],
 ) -> dict[str, float]:
     """The expected time of each part of the work, from what this machine does in a few seconds."""
-    inputs, sums = torch.randn(_PRODUCT_SIZE, _PRODUCT_SIZE), torch.zeros(_PRODUCT_SIZE, _PRODUCT_SIZE)
+    inputs, sums = (torch.ones(_PRODUCT_SIZE, _PRODUCT_SIZE, device=device) for _ in range(2))
     add_products(sums, inputs, inputs)
+    synchronize(device)
     started = time.perf_counter()
     add_products(sums, inputs, inputs)
+    synchronize(device)
     product = 2 * _PRODUCT_SIZE**3 / (time.perf_counter() - started)
     return {
-        "forward": FORWARD_PASSES * plan.num_blocks * plan.calibration_tokens * block_seconds(config, dtype),
+        "forward": FORWARD_PASSES * plan.num_blocks * plan.calibration_tokens * block_seconds(config, dtype, device),
         "statistics": work.statistics / product,
         "solve": sum(probes[id(layer.method)].seconds(layer.shape) for layer in plan.quantized),
         "write": work.written_bytes / _WRITTEN_BYTES_PER_S,
@@ -252,7 +267,7 @@ class Estimate:
         layer_bytes: stored in place of the weight of each quantized layer, by its name.
         bits_per_weight: the mean over the quantized weights.
         checkpoint_bytes: of the checkpoint.
-        seconds: by part of the work.
+        seconds: by part of the work; empty if this machine does not have the device to measure on.
     """
 
     layer_bytes: dict[str, int]
@@ -261,7 +276,9 @@ class Estimate:
     seconds: dict[str, float]
 
 
-def estimate_run(plan: Plan, config: PretrainedConfig, dtype: torch.dtype, like: Path | None) -> Estimate:
+def estimate_run(
+    plan: Plan, config: PretrainedConfig, dtype: torch.dtype, like: Path | None, device: torch.device = CPU
+) -> Estimate:
     """Estimate what a run stores and how long it takes.
 
     Args:
@@ -269,13 +286,14 @@ def estimate_run(plan: Plan, config: PretrainedConfig, dtype: torch.dtype, like:
         config: of the model.
         dtype: what the model computes in.
         like: folder of a finished run to scale times from; None measures for a few seconds now.
+        device: where the run is to compute.
 
     Raises:
         UsageError: `like` is not a run to scale from.
         QuantlabError: a method cannot quantize a small layer.
     """
     methods = list({id(layer.method): layer.method for layer in plan.quantized if layer.method is not None}.values())
-    probes = {id(method): probe(method) for method in methods}
+    probes = {id(method): probe(method, device if is_there(device) else CPU) for method in methods}
     layer_bytes = {
         layer.name: stored_bytes(layer.shape, layer.method, probes[id(layer.method)])
         for layer in plan.quantized
@@ -284,9 +302,10 @@ def estimate_run(plan: Plan, config: PretrainedConfig, dtype: torch.dtype, like:
     checkpoint = sum(layer_bytes.values()) + (plan.parameters - plan.quantized_parameters) * plan.itemsize
     written = checkpoint + plan.hidden_states_written
     work = work_of([layer.shape for layer in plan.quantized], plan.calibration_tokens, written)
-    if like is None:
-        seconds = _measured_seconds(plan, config, dtype, work, probes)
-    else:
+    seconds: dict[str, float] = {}
+    if like is None and is_there(device):
+        seconds = _measured_seconds(plan, config, dtype, device, work, probes)
+    elif like is not None:
         seconds = recorded_rates(like, methods[0].quantizer.info.name).seconds(work)
     return Estimate(
         layer_bytes=layer_bytes,

@@ -36,8 +36,8 @@ from quantlab.checkpoint.names import (
     RECIPE_NAME,
     RESOLVED_RECIPE_NAME,
 )
-from quantlab.checkpoint.reader import load
 from quantlab.checkpoint.writer import CheckpointWriter
+from quantlab.engine.device import peak_device_bytes, require_device
 from quantlab.engine.fingerprint import (
     recipe_fingerprint,
     require_same_recipe,
@@ -65,7 +65,7 @@ from quantlab.recipe import LoadedRecipe, Recipe, dump_recipe, load_recipe
 from quantlab.recipe.layers import MethodAssignment, assign_methods
 from quantlab.report.markdown import write_markdown
 from quantlab.report.units import format_bytes
-from quantlab.skeleton import load_model, read_config, weight_files
+from quantlab.skeleton import CPU, read_config, weight_files
 from quantlab.workspace import Workspace, memory_shortage_explained, working_in
 
 Result = TypeVar("Result")
@@ -170,6 +170,7 @@ def execute(
         if workspace.complete:
             require_same_recipe(workspace.journal.entries[0]["fingerprint"], recipe, output_dir)
             return output_dir
+        require_device(engine_options(recipe).device)
         plan = plan_run(assignment, read_config(model_folder))
         logged = LoggedProgress(progress, log, stop)
         executor = executor or LocalExecutor()
@@ -213,8 +214,11 @@ class _Run:
         self.config = read_config(model_folder)
         self.dtype = compute_dtype(recipe, self.config)
         self.tokenizer = load_tokenizer(model_folder)
-        self.float_model = Subject(name="float", folder=model_folder, is_quantized=False)
-        self.quantized_model = Subject(name="quantized", folder=self.folder / MODEL_FOLDER, is_quantized=True)
+        device = engine_options(recipe).device
+        self.float_model = Subject(name="float", folder=model_folder, is_quantized=False, device=device)
+        self.quantized_model = Subject(
+            name="quantized", folder=self.folder / MODEL_FOLDER, is_quantized=True, device=device
+        )
         self.started = time.monotonic()
         self.stages_s: dict[str, float] = {}
 
@@ -352,7 +356,7 @@ class _Run:
         quantized = self._reload(stream)
         if not corpora:
             return {}
-        forwards = [self.reference or in_memory(load_model(self.model_folder, self.dtype)), in_memory(quantized)]
+        forwards = [self.reference or in_memory(self.float_model.load(self.dtype)), in_memory(quantized)]
         return {corpus.protocol: measure_any(corpus, forwards, self.progress) for corpus in corpora}
 
     def _evaluate_spread(
@@ -368,9 +372,9 @@ class _Run:
 
     def _reload(self, stream: StreamResult) -> PreTrainedModel:
         """Load the written checkpoint and check that it computes what the engine computed."""
-        model = load(self.folder / MODEL_FOLDER)
+        model = self.quantized_model.load()
         with torch.inference_mode():
-            _require_reproduced(model(input_ids=stream.check_ids, use_cache=False).logits, stream)
+            _require_reproduced(in_memory(model)(0, stream.check_ids), stream)
         return model
 
     def _evaluate_streamed(self, stream: StreamResult, corpora: list[EvaluationWindows]) -> dict[str, Any]:
@@ -433,6 +437,8 @@ class _Run:
             "memory": {
                 "budget_bytes": engine_options(self.recipe).memory_budget_bytes,
                 "expected_peak_bytes": stream.memory.peak_bytes,
+                "expected_device_peak_bytes": stream.memory.device_peak_bytes,
+                "device_peak_bytes": peak_device_bytes(engine_options(self.recipe).device),
                 "quantize_peak_rss_bytes": self.quantize_peak_rss_bytes,
                 **asdict(stream.memory),
                 "timeline": self.timeline.record(),
@@ -467,7 +473,7 @@ def task_options(recipe: Recipe) -> TaskOptions:
 
 
 def _require_reproduced(logits: Tensor, stream: StreamResult) -> None:
-    if not torch.equal(logits, stream.check_logits):
+    if not torch.equal(logits.to(CPU), stream.check_logits):
         difference = (logits - stream.check_logits).abs().max().item()
         raise QualityError(
             f"the written checkpoint does not reproduce the quantized model: logits differ by up to "

@@ -66,8 +66,11 @@ class Plan:
 
     @property
     def hidden_states_written(self) -> int:
-        """Bytes of the hidden states before the first and behind every block; `work_bytes` are two such generations."""
-        return self.work_bytes // 2 * (self.num_blocks + 1)
+        """Bytes of the hidden states between blocks, and before the first one if they are not kept in memory.
+
+        `work_bytes` are two such generations.
+        """
+        return self.work_bytes // 2 * (self.num_blocks - self.memory.activations_in_memory)
 
     @property
     def quantized_parameters(self) -> int:
@@ -87,7 +90,12 @@ def plan_run(assignment: MethodAssignment, config: PretrainedConfig) -> Plan:
         RecipeError: recipe and model do not fit together; all problems at once.
     """
     recipe = assignment.loaded.recipe
-    problems = [*_window_problems(recipe, config), *_text_problems(recipe), *_task_problems(recipe)]
+    problems = [
+        *_window_problems(recipe, config),
+        *_text_problems(recipe),
+        *_task_problems(recipe),
+        *_device_problems(recipe),
+    ]
     dtype = compute_dtype(recipe, config)
     survey = survey_model(config, dtype)
     layers = tuple(
@@ -131,12 +139,14 @@ def compute_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
 
 def engine_options(recipe: Recipe) -> EngineOptions:
     """How a recipe wants the machine to be used."""
-    budget = recipe.engine.memory_budget
+    budget, device_budget = recipe.engine.memory_budget, recipe.engine.device_memory_budget
     return EngineOptions(
         memory_budget_bytes=None if budget is None else parse_size(budget),
         activations=recipe.engine.activations,
         calibration_shards=recipe.engine.calibration_shards,
         rows_per_unit=recipe.engine.rows_per_unit,
+        device=torch.device(recipe.engine.device),
+        device_memory_budget_bytes=None if device_budget is None else parse_size(device_budget),
     )
 
 
@@ -182,6 +192,14 @@ def _task_problems(recipe: Recipe) -> Iterator[str]:
         yield (
             "evaluation.tasks need the whole model in memory, so engine.memory_budget cannot be kept; use "
             "--set evaluation.tasks=[], and `quantlab eval` where there is room"
+        )
+
+
+def _device_problems(recipe: Recipe) -> Iterator[str]:
+    if recipe.engine.device == "cpu" and recipe.engine.device_memory_budget is not None:
+        yield (
+            "engine.device_memory_budget bounds the memory of a GPU, but engine.device is cpu; use "
+            "engine.memory_budget, or --set engine.device=cuda"
         )
 
 

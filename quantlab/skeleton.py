@@ -34,6 +34,7 @@ from quantlab.errors import ModelError
 
 MIN_BLOCK_SHARE = 0.75  # of the weights of the decoder without embeddings and output head
 ALIGNMENT_BYTES = 64  # what PyTorch gives to the tensors that it allocates itself
+CPU = torch.device("cpu")
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -113,14 +114,19 @@ def _num_weights(module: nn.Module) -> int:
     return count
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device = CPU) -> PreTrainedModel:
     """The whole model of a local folder, in evaluation mode.
+
+    Args:
+        folder: with a configuration and safetensors weights.
+        dtype: what the model computes in.
+        device: where it computes.
 
     Raises:
         ModelError: it is not a causal language model, or weights are missing or damaged.
     """
     model = build_skeleton(read_config(folder), dtype)
-    weights = WeightSource(folder, model, dtype)
+    weights = WeightSource(folder, model, dtype, device)
     weights.load_rest()
     for index in range(len(find_blocks(model)[1])):
         weights.load_block(index)
@@ -147,17 +153,20 @@ class WeightSource:
         folder: a local model folder.
         model: the skeleton to fill.
         dtype: the dtype that weights are converted to on loading.
+        device: where weights are loaded to; the skeleton's buffers are moved there.
 
     Raises:
         ModelError: weight files are missing or damaged, or blocks share weights.
     """
 
-    def __init__(self, folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, model: PreTrainedModel, dtype: torch.dtype, device: torch.device = CPU) -> None:
+        place_buffers(model, device)
         self._folder = folder
         self._model = model
         self._mapping = get_model_conversion_mapping(model)
         self._load_config = LoadStateDictConfig(
             dtype=dtype,
+            device_map={"": device},
             dtype_plan=model._get_dtype_plan(dtype),
             weight_mapping=self._mapping,  # type: ignore[arg-type]  # declared as a list of their common base
         )
@@ -228,7 +237,9 @@ class WeightSource:
             )
 
 
-def open_streamed(source: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, str, list[nn.Module], WeightSource]:
+def open_streamed(
+    source: Path, dtype: torch.dtype, device: torch.device = CPU
+) -> tuple[PreTrainedModel, str, list[nn.Module], WeightSource]:
     """A skeleton with the weights that a forward pass begins with: those outside the blocks, and of the first block.
 
     Returns:
@@ -239,10 +250,18 @@ def open_streamed(source: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, st
     """
     model = build_skeleton(read_config(source), dtype)
     prefix, blocks = find_blocks(model)
-    weights = WeightSource(source, model, dtype)
+    weights = WeightSource(source, model, dtype, device)
     weights.load_rest()
     weights.load_block(0)
     return model, prefix, list(blocks), weights
+
+
+def place_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers of a module tree that are not on the meta device; parameters stay where they are."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
 
 
 def align(model: nn.Module) -> None:
@@ -251,7 +270,7 @@ def align(model: nn.Module) -> None:
     Matrix products can round differently for them; results must not depend on where a weight lies in its file.
     """
     for parameter in model.parameters():
-        if not parameter.is_meta and parameter.data_ptr() % ALIGNMENT_BYTES:
+        if parameter.device == CPU and parameter.data_ptr() % ALIGNMENT_BYTES:
             parameter.data = parameter.data.clone()
 
 

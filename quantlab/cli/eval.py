@@ -9,6 +9,7 @@ import click
 from quantlab.cli.options import (
     Session,
     common_options,
+    device_option,
     examples,
     executor_options,
     json_option,
@@ -75,6 +76,7 @@ def parse_budget(context: click.Context, parameter: click.Parameter, value: str 
     callback=parse_budget,
     help="Keep one block in memory at a time, within this size, for example 12GiB.  [default: if they do not fit]",
 )
+@device_option
 @click.option("--output", type=click.Path(path_type=Path), help="Write the results as JSON to this file.")
 @executor_options
 @json_option
@@ -98,6 +100,7 @@ def evaluate(
     log_samples: Path | None,
     dtype: str | None,
     memory_budget: int | None,
+    device: str,
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -112,8 +115,9 @@ def evaluate(
     from quantlab.evaluate.harness import TaskOptions
     from quantlab.evaluate.subject import find_subject
 
-    subject = find_subject(model)
-    reference = against or subject.source
+    subject = find_subject(model, device)
+    origin = against or subject.source
+    reference = find_subject(origin, device) if origin else None
     options = EvaluationOptions(
         protocols=protocols or (() if tasks and not layers else ("stdlib",)),
         sequence_length=sequence_length,
@@ -129,7 +133,7 @@ def evaluate(
         memory_budget_bytes=memory_budget,
     )
     with opened_executor() as executor, choose_progress(quiet=session.quiet or as_json) as progress:
-        results = evaluate_subject(subject, find_subject(reference) if reference else None, options, progress, executor)
+        results = evaluate_subject(subject, reference, options, progress, executor)
     if layers:
         keep_layer_errors(subject.folder.parent, results["layers"])
     if output is not None:

@@ -5,7 +5,7 @@ import time
 
 import click
 
-from quantlab.cli.options import Session, common_options, examples
+from quantlab.cli.options import Session, common_options, device_option, examples
 
 
 @click.command(
@@ -34,7 +34,7 @@ from quantlab.cli.options import Session, common_options, examples
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: as stored]")
-@click.option("--device", default="cpu", show_default=True, help="Such as cpu or cuda:0.")
+@device_option
 @common_options
 @click.pass_obj
 def generate(

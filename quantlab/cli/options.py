@@ -45,6 +45,25 @@ def _with_dashes(token: str) -> str:
 CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": _with_dashes, "max_content_width": 100}
 
 
+def _parse_device(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    from quantlab.recipe.device import device_error
+
+    if (problem := device_error(value)) is not None:
+        raise click.BadParameter(problem, context, parameter)
+    if value != "cpu":
+        import torch
+
+        from quantlab.engine.device import require_device
+
+        require_device(torch.device(value))
+    return value
+
+
+device_option = click.option(
+    "--device", default="cpu", show_default=True, callback=_parse_device, help="Where to compute, such as cuda:0."
+)
+
+
 def verbatim(title: str, lines: Iterable[str]) -> str:
     """A titled paragraph that click prints as it is, without filling its lines."""
     return "\n".join(["\b", f"{title}:", *(f"  {line}" for line in lines)])

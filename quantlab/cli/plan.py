@@ -43,14 +43,15 @@ def plan(
     from quantlab.estimate import estimate_run
     from quantlab.models import resolve_config
     from quantlab.pipeline import default_output_dir
-    from quantlab.plan import compute_dtype, plan_run
+    from quantlab.plan import compute_dtype, engine_options, plan_run
     from quantlab.recipe import load_recipe
     from quantlab.recipe.layers import assign_methods
 
     loaded = load_recipe(recipe, overrides, model=model)
     config = resolve_config(loaded.recipe.model.path)
     planned = plan_run(assign_methods(loaded), config)
-    estimate = estimate_run(planned, config, compute_dtype(loaded.recipe, config), like)
+    device = engine_options(loaded.recipe).device
+    estimate = estimate_run(planned, config, compute_dtype(loaded.recipe, config), like, device)
     if as_json:
         click.echo(json.dumps(_record(planned, estimate), indent=2))
         return
@@ -77,6 +78,7 @@ def _plan_rows(planned: "Plan") -> list[tuple[str, str]]:
         ("parameters", f"{format_count(planned.parameters)} ({share:.1%} quantized)"),
         ("calibration tokens", f"{planned.calibration_tokens:,}"),
         ("peak memory", format_bytes(planned.memory.peak_bytes)),
+        *([("peak GPU memory", format_bytes(planned.memory.device_peak_bytes))] if planned.memory.on_device else []),
         *((f"  {name}", format_bytes(size)) for name, size in planned.memory.parts.items()),
     ]
 
@@ -85,11 +87,14 @@ def _estimate_rows(planned: "Plan", estimate: "Estimate", like: Path | None) -> 
     from quantlab.report.units import format_bytes, format_duration
 
     basis = "from seconds of work on this machine" if like is None else f"scaled from {like}"
+    duration = f"{format_duration(sum(estimate.seconds.values()))} ({basis})"
+    if not estimate.seconds:
+        duration = "not estimated: this machine does not have the device; --like RUN scales from a finished run"
     return [
         ("bits per weight", f"{estimate.bits_per_weight:.3f}"),
         ("checkpoint", format_bytes(estimate.checkpoint_bytes)),
         ("disk while running", format_bytes(estimate.checkpoint_bytes + planned.work_bytes)),
-        ("time to quantize", f"{format_duration(sum(estimate.seconds.values()))} ({basis})"),
+        ("time to quantize", duration),
         *((f"  {part}", format_duration(seconds)) for part, seconds in estimate.seconds.items()),
     ]
 
@@ -115,7 +120,11 @@ def _record(planned: "Plan", estimate: "Estimate") -> dict[str, Any]:
         "parameters": planned.parameters,
         "quantized_parameters": planned.quantized_parameters,
         "calibration_tokens": planned.calibration_tokens,
-        "memory": {"peak_bytes": planned.memory.peak_bytes, "parts": planned.memory.parts},
+        "memory": {
+            "peak_bytes": planned.memory.peak_bytes,
+            "device_peak_bytes": planned.memory.device_peak_bytes,
+            "parts": planned.memory.parts,
+        },
         "bits_per_weight": estimate.bits_per_weight,
         "checkpoint_bytes": estimate.checkpoint_bytes,
         "work_bytes": planned.work_bytes,

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from quantlab.cli.options import Session, common_options, examples, json_option, open_console
+from quantlab.cli.options import Session, common_options, device_option, examples, json_option, open_console
 
 
 @click.command(
@@ -25,7 +25,7 @@ from quantlab.cli.options import Session, common_options, examples, json_option,
 @click.option("--new-tokens", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens to generate.")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Turns of each model.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: as stored]")
-@click.option("--device", default="cpu", show_default=True, help="Such as cpu or cuda:0.")
+@device_option
 @click.option("--kernels", is_flag=True, help="Instead, measure the product of one layer of every shape, beside dense.")
 @click.option(
     "--output",

@@ -12,12 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from quantlab.checkpoint.atomic import flush, refused
 from quantlab.checkpoint.serialize import file_sha256, write_unsettled
 from quantlab.errors import CheckpointError
+from quantlab.skeleton import CPU
 
 _NAME = "hidden"
 
@@ -28,14 +30,18 @@ class Activations:
     Args:
         folder: where the files are written; created if it does not exist.
         in_memory: whether tensors that were put are kept, so that they need not be read again.
+        device: where tensors that are read come to; they are kept and written from main memory.
         lasting: whether another process may go on from here, so that files are needed in any case.
         shared: whether another process may be about to write the same files: one that was given up for lost.
     """
 
-    def __init__(self, folder: Path, *, in_memory: bool, lasting: bool = False, shared: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, in_memory: bool, device: torch.device = CPU, lasting: bool = False, shared: bool = False
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._in_memory, self._lasting, self._shared = in_memory, lasting, shared
+        self._device = device
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
         self._flushing: Future[None] | None = None
         self._kept: dict[int, Tensor] = {}
@@ -47,6 +53,7 @@ class Activations:
         Raises:
             ResumableError: they cannot be written.
         """
+        hidden = hidden.to(CPU)
         if self._in_memory:
             self._kept[batch] = hidden
         if self._lasting or not self._in_memory:
@@ -64,9 +71,9 @@ class Activations:
 
     def get(self, batch: int) -> Tensor:
         """The hidden states of a batch."""
-        if batch in self._kept:
-            return self._kept[batch]
-        return load_file(self._folder / self.file_name(batch))[_NAME]
+        kept = self._kept.get(batch)
+        hidden = load_file(self._folder / self.file_name(batch))[_NAME] if kept is None else kept
+        return hidden.to(self._device)
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 by file name of everything that was written."""
@@ -89,7 +96,7 @@ class Activations:
                 )
         self._hashes = dict(hashes)
         if self._in_memory:
-            self._kept = {batch: self.get(batch).clone() for batch in map(self._batch, hashes)}
+            self._kept = {self._batch(name): load_file(self._folder / name)[_NAME].clone() for name in hashes}
 
     def remove(self) -> None:
         """Forget everything and delete the files."""

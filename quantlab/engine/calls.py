@@ -86,8 +86,10 @@ class BlockDriver(ABC, Generic[Batch]):
     Args:
         model: the skeleton; the weights outside its blocks are loaded in `record`, `advance` and `finish`.
         blocks: its decoder blocks; block k is loaded in `run_block(k)`.
+        device: where the model computes; all tensors given and returned are there.
 
     Attributes:
+        device: where the model computes.
         mode: name of the way of driving, for the record.
         replay_on_resume: the blocks hand each other more than hidden states, so that a new process which wants
             to go on at block k has to run the batch through blocks 0 to k - 1 first.
@@ -96,9 +98,10 @@ class BlockDriver(ABC, Generic[Batch]):
     mode: ClassVar[str]
     replay_on_resume: bool
 
-    def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module], device: torch.device) -> None:
         self._model = model
         self._blocks = blocks
+        self.device = device
 
     def is_last(self, index: int) -> bool:
         """Whether block `index` is the one whose output the logits follow from."""

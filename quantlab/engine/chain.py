@@ -64,7 +64,7 @@ class Chain:
         self._hidden = self.generation(0)
         for number, ids in zip(self._numbers, batches, strict=True):
             with profile.timed("forward"):
-                hidden, batch = driver.record(ids)
+                hidden, batch = driver.record(ids.to(driver.device))
             self._recorded.append(batch)
             if begin:
                 self._put(self._hidden, number, hidden)
@@ -162,7 +162,9 @@ class Chain:
         folder = self._folder / f"block-{index:05d}"
         # Before the first block a run begins anew, while a process that takes over one of several parts goes on.
         lasting = self._resumable and (index > 0 or self._shared)
-        return Activations(folder, in_memory=self._in_memory, lasting=lasting, shared=self._shared)
+        return Activations(
+            folder, in_memory=self._in_memory, device=self._driver.device, lasting=lasting, shared=self._shared
+        )
 
     def _put(self, generation: Activations, batch: int, hidden: Tensor) -> None:
         with self._profile.timed("write"):

@@ -26,20 +26,25 @@ from quantlab.engine.calls import (
 from quantlab.engine.record import RecordingDriver
 from quantlab.engine.suspend import SuspendingDriver
 from quantlab.errors import ModelError
+from quantlab.skeleton import CPU
 
 
 @contextmanager
-def open_driver(model: PreTrainedModel, blocks: Sequence[nn.Module], input_ids: Tensor) -> Iterator[BlockDriver[Any]]:
+def open_driver(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], input_ids: Tensor, device: torch.device = CPU
+) -> Iterator[BlockDriver[Any]]:
     """Choose how to drive the blocks of a model; on leaving, forwards that are still paused are ended.
 
     Args:
         model: the skeleton, with the weights outside the blocks and in the first block loaded.
         blocks: its decoder blocks.
         input_ids: a small batch to probe with, (sequences, tokens).
+        device: where the model computes.
 
     Raises:
         ModelError: the model does not call each block once, in order, or changes its own weights.
     """
+    input_ids = input_ids.to(device)
     versions = [parameter._version for parameter in model.parameters()]
     rest = _returned_besides(model, blocks[0], input_ids)
     calls, changed = trace_calls(model, blocks, rest, input_ids, None, to_the_end=True)
@@ -51,9 +56,9 @@ def open_driver(model: PreTrainedModel, blocks: Sequence[nn.Module], input_ids: 
     arguments = [call.arguments for call in calls]
     if changed is None and not _mentioned(rest, arguments):
         blank = None if rest is None else (None,) * len(rest)
-        yield RecordingDriver(model, blocks, blank, replay_on_resume=any(map(_has_mutable, arguments)))
+        yield RecordingDriver(model, blocks, device, blank, replay_on_resume=any(map(_has_mutable, arguments)))
         return
-    driver = SuspendingDriver(model, blocks)
+    driver = SuspendingDriver(model, blocks, device)
     try:
         yield driver
     finally:

@@ -19,7 +19,17 @@ from quantlab.engine.chain import Chain
 from quantlab.engine.drive import open_driver
 from quantlab.engine.profile import Profile
 from quantlab.runtime import LutLinear
-from quantlab.skeleton import WeightSource, align, build_skeleton, find_blocks, read_config, tie_weights, unload
+from quantlab.skeleton import (
+    CPU,
+    WeightSource,
+    align,
+    build_skeleton,
+    find_blocks,
+    place_buffers,
+    read_config,
+    tie_weights,
+    unload,
+)
 
 Logits = Callable[[int, Tensor], Tensor]
 """(number of the batch, its ids) to logits (sequences, tokens, vocabulary)."""
@@ -31,9 +41,11 @@ class ModelParts(ABC):
     Attributes:
         model: the module tree.
         blocks: its decoder blocks.
+        device: where the model computes.
     """
 
     model: PreTrainedModel
+    device: torch.device
     blocks: list[nn.Module]
 
     @abstractmethod
@@ -55,12 +67,14 @@ class FloatParts(ModelParts):
     Args:
         folder: local model folder with safetensors weights.
         dtype: what the model computes in.
+        device: where it computes.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device = CPU) -> None:
+        self.device = device
         self.model = build_skeleton(read_config(folder), dtype)
         self.blocks = list(find_blocks(self.model)[1])
-        self._weights = WeightSource(folder, self.model, dtype)
+        self._weights = WeightSource(folder, self.model, dtype, device)
 
     def load_rest(self) -> None:
         """Load everything outside the blocks."""
@@ -81,15 +95,18 @@ class CheckpointParts(ModelParts):
     Args:
         folder: of the checkpoint.
         dtype: what the model computes in; None takes that of the checkpoint.
+        device: where it computes.
 
     Raises:
         CheckpointError: it is damaged, or does not fit the model.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None, device: torch.device = CPU) -> None:
+        self.device = device
         self._contents = read_contents(folder)
         self.model = empty_model(self._contents, dtype)
         self.model.eval()
+        place_buffers(self.model, device)
         self._prefix, blocks = find_blocks(self.model)
         self.blocks = list(blocks)
 
@@ -118,7 +135,7 @@ class CheckpointParts(ModelParts):
         for shard, entries in self._contents.shards.items():
             if any(map(wanted, entries)):
                 tensors = read_shard(self._contents, shard, placeholders)
-                chosen = {name: tensor for name, tensor in tensors.items() if wanted(name)}
+                chosen = {name: tensor.to(self.device) for name, tensor in tensors.items() if wanted(name)}
                 self.model.load_state_dict(chosen, strict=False, assign=True)
 
 
@@ -142,7 +159,7 @@ def streamed_logits(
         with torch.no_grad():  # not inference mode: the driver watches the version of what it passes on
             parts.load_rest()
             parts.load_block(0)
-            driver = opened.enter_context(open_driver(parts.model, parts.blocks, batches[0][:1]))
+            driver = opened.enter_context(open_driver(parts.model, parts.blocks, batches[0][:1], parts.device))
             chain = Chain(driver, batches, work, in_memory=False, profile=Profile())
             opened.callback(chain.remove)
             for index in range(len(parts.blocks)):

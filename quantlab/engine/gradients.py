@@ -27,7 +27,7 @@ from quantlab.errors import ModelError, NumericalError, ResumableError
 from quantlab.experts import fused_experts, unfuse
 from quantlab.finite import all_finite
 from quantlab.progress import Progress
-from quantlab.skeleton import WeightSource, open_streamed, unload
+from quantlab.skeleton import CPU, WeightSource, open_streamed, unload
 
 LOGITS_PER_PIECE = 1 << 24  # whose softmax is taken in float32 at a time
 
@@ -58,6 +58,7 @@ def collect_gradients(
     new_states: Callable[[str], HiddenStates],
     progress: Progress,
     stop: Callable[[], bool] = lambda: False,
+    device: torch.device = CPU,
 ) -> float:
     """Run the backward pass of the float model and write what it says, one file per block.
 
@@ -72,6 +73,7 @@ def collect_gradients(
         new_states: makes an empty store from a name; there is one store per block.
         progress: is told about every block, twice.
         stop: asked after every block; a true answer ends the pass, which has to begin anew.
+        device: where the model computes.
 
     Returns:
         The seconds that it took, in this call or in the earlier one.
@@ -88,8 +90,9 @@ def collect_gradients(
             earlier_s: float = json.loads(complete.read_text(encoding="utf-8"))
             return earlier_s
         started = time.monotonic()
-        model, prefix, blocks, weights = open_streamed(source, dtype)
-        with open_driver(model, blocks, calibration_ids[:1]) as driver:
+        model, prefix, blocks, weights = open_streamed(source, dtype, device)
+        calibration_ids = calibration_ids.to(device)
+        with open_driver(model, blocks, calibration_ids[:1], device) as driver:
             _require_separate_blocks(model, driver)
             progress.begin("gradients", 2 * len(blocks), "blocks")
             work = _Pass(driver, weights, blocks, calibration_ids, options)
@@ -224,6 +227,6 @@ def _gradient_by_logits(logits: Tensor, input_ids: Tensor) -> Tensor:
     for start in range(0, len(targets), max(1, LOGITS_PER_PIECE // logits.shape[-1])):
         piece = slice(start, min(len(targets), start + max(1, LOGITS_PER_PIECE // logits.shape[-1])))
         probabilities = logits[0, piece].float().softmax(dim=-1)
-        probabilities[torch.arange(len(probabilities)), targets[piece]] -= 1
+        probabilities[torch.arange(len(probabilities), device=targets.device), targets[piece]] -= 1
         gradient[0, piece] = probabilities.to(logits.dtype)
     return gradient

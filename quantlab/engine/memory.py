@@ -11,6 +11,9 @@ A run goes through phases that occupy different things:
 The peak is that of the largest phase, beside the runtime and the hidden states in memory. Models whose forward is
 paused inside their blocks (`quantlab.engine.suspend`) keep the weights outside the blocks all the time.
 
+Where the model computes on a GPU, the phases take place there. In main memory are the runtime, the hidden states, and a
+block on its way to the device or from it; each of the two memories has a budget of its own.
+
 What is cut by the budget and has an influence on the last digits (tokens per batch, rows solved at a time) depends
 on the recipe and on shapes alone, never on the machine, so that a run can be repeated elsewhere.
 """
@@ -30,10 +33,14 @@ from quantlab.engine.statistics import StatisticsOptions, statistics_bytes
 from quantlab.errors import RecipeError
 from quantlab.experts import expert_groups
 from quantlab.memory import physical_bytes
+from quantlab.skeleton import CPU
 
 TOKENS_PER_BATCH = 4096
 RUNTIME_BYTES = 512 * 2**20
 """Python, torch and transformers themselves, and what the allocator does not give back."""
+
+DEVICE_RUNTIME_BYTES = 512 * 2**20
+"""The CUDA context, the libraries' workspaces, and what the allocator does not give back; not yet measured."""
 
 SOLVER_MATRICES = 2
 """Matrices of the size of the Hessian that a method holds beside it: its copy in order, and the factor. While the
@@ -79,6 +86,7 @@ class MemoryPlan:
         statistics_bytes: for the statistics that are collected in one pass.
         activations_in_memory: whether hidden states are kept in memory between blocks.
         outside_stays: whether the weights outside the blocks stay in memory all the time.
+        on_device: whether the phases take place in another memory than the main one.
         parts: what is expected to be occupied, in bytes by name; not all at the same time.
     """
 
@@ -87,20 +95,31 @@ class MemoryPlan:
     statistics_bytes: int
     activations_in_memory: bool
     outside_stays: bool
+    on_device: bool
     parts: dict[str, int]
 
     @property
     def peak_bytes(self) -> int:
-        """What is expected to be occupied in the largest phase."""
+        """What is expected to be occupied of the main memory."""
+        working = self.parts["block"] if self.on_device else self._working_bytes
+        return self.parts["runtime"] + self.parts["hidden states"] + working
+
+    @property
+    def device_peak_bytes(self) -> int:
+        """What is expected to be occupied on the device, if that is not the CPU."""
+        return DEVICE_RUNTIME_BYTES + self._working_bytes if self.on_device else 0
+
+    @property
+    def _working_bytes(self) -> int:
+        """What the largest phase occupies."""
         parts = self.parts
         solving = parts["solver"] + parts["layers"] + max(parts["factoring"], parts["rows"])
         inside = _beside_block(parts["block"]) + parts["statistics"] + parts["experts"] + max(parts["batch"], solving)
-        largest = max(
+        return max(
             parts["outside"] + parts["block"],
             parts["outside"] + parts["logits"],
             inside + (parts["outside"] if self.outside_stays else 0),
         )
-        return parts["runtime"] + parts["hidden states"] + largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +228,7 @@ def plan_memory(
         sizes: of the model.
         samples: calibration windows.
         sequence_length: tokens per window.
-        options: the budget, and where hidden states are kept.
+        options: the budgets, the device, and where hidden states are kept.
         statistics: what is collected.
         calibrated: whether a method works with the Hessian, so that it holds matrices of its size.
         outside_stays: as in `MemoryPlan`.
@@ -217,7 +236,9 @@ def plan_memory(
     Raises:
         RecipeError: the budget is too small whatever is cut; the message lists what needs how much.
     """
-    budget = options.memory_budget_bytes
+    on_device = options.device != CPU
+    budget = options.device_memory_budget_bytes if on_device else options.memory_budget_bytes
+    runtime = DEVICE_RUNTIME_BYTES if on_device else RUNTIME_BYTES
     tokens = _tokens_per_batch(sizes, sequence_length, budget)
     batch_tokens = min(tokens, samples * sequence_length)
     copies = 1 if options.calibration_shards == 1 else 2  # the sums so far, and those of one shard
@@ -229,14 +250,14 @@ def plan_memory(
     experts = max(0, sizes.expert_groups - 1) * one_pass
     always = {"runtime": RUNTIME_BYTES, "outside": sizes.outside_bytes, "block": sizes.block_bytes}
     batch = {"batch": sizes.inside_bytes(batch_tokens), "logits": sizes.logits_bytes(batch_tokens)}
+    room = _room_for_hidden(options, hidden, sizes.block_bytes)
     if budget is None:
-        room = {"ram": hidden, "disk": 0, "auto": physical_bytes() // 4}[options.activations]
         experts = min(experts, UNBOUNDED_EXPERTS_BYTES)
         max_rows = options.rows_per_unit
     else:
         fewest = min(MIN_ROWS, options.rows_per_unit or MIN_ROWS)
-        needed = hidden if options.activations == "ram" else 0
-        spare = budget - RUNTIME_BYTES - needed
+        needed = hidden if options.activations == "ram" and not on_device else 0
+        spare = budget - runtime - needed
         inside = spare - _beside_block(sizes.block_bytes) - (sizes.outside_bytes if outside_stays else 0)
         experts = min(experts, max(0, inside - max(group.fixed for group in groups)) // (4 * copies))
         inside -= copies * experts
@@ -249,8 +270,9 @@ def plan_memory(
             least = max(max(group.reserved(fewest) for group in groups), statistics_and_batch)
             least = budget + max(least - inside, outside - spare)
             parts = always | batch | _parts_of(max(groups, key=lambda group: group.fixed), fewest)
-            raise _too_small(budget, least, parts | {"hidden states": needed})
-        room = 0 if options.activations == "disk" else needed + min(inside - largest, spare - outside)
+            raise _too_small(on_device, budget, least, parts | {"runtime": runtime, "hidden states": needed})
+        if not on_device and options.activations != "disk":
+            room = needed + min(inside - largest, spare - outside)
 
     def occupied(group: _Solving) -> int:
         solving = group.solver + group.layers + max(group.factoring, group.rows_of(max_rows))
@@ -263,8 +285,22 @@ def plan_memory(
         statistics_bytes=one_pass + experts,
         activations_in_memory=hidden <= room,
         outside_stays=outside_stays,
+        on_device=on_device,
         parts=always | batch | parts | {"experts": copies * experts, "hidden states": hidden if hidden <= room else 0},
     )
+
+
+def _room_for_hidden(options: EngineOptions, hidden: int, block_bytes: int) -> int:
+    """Main memory for hidden states, if the phases are elsewhere or not bounded."""
+    room = {"ram": hidden, "disk": 0, "auto": physical_bytes() // 4}[options.activations]
+    budget = options.memory_budget_bytes
+    if options.device == CPU or budget is None:
+        return room
+    parts = {"runtime": RUNTIME_BYTES, "block": block_bytes}
+    parts["hidden states"] = hidden if options.activations == "ram" else 0
+    if sum(parts.values()) > budget:
+        raise _too_small(False, budget, sum(parts.values()), parts)
+    return min(room, budget - RUNTIME_BYTES - block_bytes)
 
 
 def give_freed_memory_back() -> None:
@@ -317,10 +353,11 @@ def _parts_of(group: _Solving, max_rows: int | None) -> dict[str, int]:
     }
 
 
-def _too_small(budget: int, least: int, parts: dict[str, int]) -> RecipeError:
+def _too_small(on_device: bool, budget: int, least: int, parts: dict[str, int]) -> RecipeError:
+    key = "engine.device_memory_budget" if on_device else "engine.memory_budget"
     lines = "".join(f"\n  {name}: {_mib(size)}" for name, size in parts.items())
     return RecipeError(
-        f"engine.memory_budget={_mib(budget)} is too small for this model; it needs {_mib(least)}:{lines}\n"
+        f"{key}={_mib(budget)} is too small for this model; it needs {_mib(least)}:{lines}\n"
         "  Shorter calibration windows, model.dtype: bfloat16 and engine.activations: disk need less"
     )
 

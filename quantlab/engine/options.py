@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from quantlab.engine.solve import SolveOptions
+from quantlab.skeleton import CPU
 
 OptionsOf = Callable[[str], SolveOptions | None]
 """The options of a layer by its full name in the model; None leaves the layer as it is."""
@@ -22,12 +23,16 @@ class EngineOptions:
         activations: where hidden states are kept between blocks; "auto" takes memory if there is room.
         calibration_shards: parts of the calibration set whose sums are added in order.
         rows_per_unit: rows that a row-independent method is given at once; None for all that the budget allows.
+        device: where the model computes and layers are solved, one block at a time.
+        device_memory_budget_bytes: memory that may be occupied there, if it is not main memory; None for no limit.
     """
 
     memory_budget_bytes: int | None = None
     activations: Literal["auto", "ram", "disk"] = "auto"
     calibration_shards: int = 1
     rows_per_unit: int | None = None
+    device: torch.device = CPU
+    device_memory_budget_bytes: int | None = None
 
 
 @contextmanager

@@ -48,14 +48,22 @@ class RecordingDriver(BlockDriver[RecordedBatch]):
     Args:
         model: the skeleton.
         blocks: its decoder blocks.
+        device: where the model computes.
         rest: a stand-in for what a block returns besides the hidden states.
         replay_on_resume: see `BlockDriver`.
     """
 
     mode: ClassVar[str] = "record"
 
-    def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module], rest: Rest, replay_on_resume: bool) -> None:
-        super().__init__(model, blocks)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[nn.Module],
+        device: torch.device,
+        rest: Rest,
+        replay_on_resume: bool,
+    ) -> None:
+        super().__init__(model, blocks, device)
         self._rest = rest
         self.replay_on_resume = replay_on_resume
         self._reference: tuple[BlockArguments, ...] | None = None

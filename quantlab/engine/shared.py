@@ -23,7 +23,7 @@ from quantlab.engine.chain import Chain
 from quantlab.engine.collect import Group, Place
 from quantlab.engine.drive import open_driver
 from quantlab.engine.gradients import read_gradients
-from quantlab.engine.linears import find_linears
+from quantlab.engine.linears import find_linears, weight_of
 from quantlab.engine.moments import Moments
 from quantlab.engine.profile import Profile
 from quantlab.engine.shards import LocalShards
@@ -52,6 +52,7 @@ class FloatPass:
         gradients: folder of the gradients, if the statistics need them.
         work: folder for hidden states.
         in_memory: whether hidden states are kept in memory, too.
+        device: where the model computes.
     """
 
     source: Path
@@ -64,6 +65,7 @@ class FloatPass:
     gradients: Path
     work: Path
     in_memory: bool
+    device: torch.device
 
 
 def collect_in_float_model(
@@ -90,11 +92,11 @@ def collect_in_float_model(
         if complete.is_file():
             earlier_s: float = json.loads(complete.read_text(encoding="utf-8"))["seconds"]
             return earlier_s
-        started, profile = time.monotonic(), Profile()
-        model, prefix, blocks, weights = open_streamed(asked.source, asked.dtype)
+        started, profile = time.monotonic(), Profile(asked.device)
+        model, prefix, blocks, weights = open_streamed(asked.source, asked.dtype, asked.device)
         entries: list[dict[str, Any]] = []
         progress.begin("statistics of the float model", len(blocks), "blocks")
-        with open_driver(model, blocks, asked.batches[0][:1]) as driver:
+        with open_driver(model, blocks, asked.batches[0][:1], asked.device) as driver:
             chain = Chain(driver, asked.batches, asked.work, in_memory=asked.in_memory, profile=profile)
             shards = LocalShards({"float": chain}, asked.batches, asked.ranges)
             if driver.mode == "record":
@@ -190,7 +192,9 @@ class StoredStatistics:
         if not path.is_file() or file_sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{path} is missing or not as it was written; remove its folder to collect it again")
         # Copies lie in memory as collected moments do; where a product reads from decides about its last digits.
-        stored = {int(key): Moments(hessian=tensor.clone()) for key, tensor in load_file(path).items()}
+        device = weight_of(place.originals[layers[0].removeprefix(f"{place.name}.")]).device
+        tensors = load_file(path).items()
+        stored = {int(key): Moments(hessian=tensor.to(device, copy=True)) for key, tensor in tensors}
         fisher = place.gradients.fisher if place.gradients is not None and place.statistics.fisher else {}
         return GroupStatistics(
             moments={layer: tuple(stored[number] for number in own) for layer, own in entry["moments"].items()},

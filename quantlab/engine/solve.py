@@ -204,7 +204,7 @@ def prepare(quantizer: StatisticsPreparer, what: str, hessian: Tensor, num_token
     """
     if not all_finite(hessian):
         return None  # every problem with this Hessian is refused by its own name
-    device = solving_device(gpus)
+    device = solving_device(gpus, hessian.device)
     statistics = InputStatistics(hessian=hessian.to(device), num_tokens=num_tokens)
     try:
         return moved(quantizer.prepare_statistics(statistics, torch.float32), hessian.device)
@@ -226,7 +226,7 @@ def solve_stack(stack: StackProblem, hessian: Tensor, prepared: object, gpus: fl
         QualityError: the method departed from its options, and may not; or it has no statistics to go by.
         NumericalError: the rows cannot be solved.
     """
-    options, name, device = stack.options, stack.name, solving_device(gpus)
+    options, name, device = stack.options, stack.name, solving_device(gpus, stack.weight.device)
     quantizer = options.quantizer
     uninformed = stack.num_tokens == 0 and bool(quantizer.info.needs)
     if uninformed and not options.allow_fallbacks:

@@ -43,12 +43,12 @@ from quantlab.engine.shards import Collect, LocalShards, RemoteShards, Shards, s
 from quantlab.engine.shared import FloatPass, StoredStatistics, collect_in_float_model
 from quantlab.engine.statistics import Gradients, StatisticsOptions, require_collectable
 from quantlab.engine.survey import survey_model
-from quantlab.errors import CheckpointError, ResumableError
+from quantlab.errors import CheckpointError, RecipeError, ResumableError
 from quantlab.executors import Executor, LocalExecutor
 from quantlab.experts import fused_experts, unfuse
 from quantlab.progress import Progress
 from quantlab.runtime import LutLinear, ModuleSpec, storage_layout
-from quantlab.skeleton import WeightSource, build_skeleton, find_blocks, read_config, unload
+from quantlab.skeleton import CPU, WeightSource, build_skeleton, find_blocks, read_config, unload
 
 QUANTIZED, FLOAT = "quantized", "float"
 
@@ -140,7 +140,7 @@ def quantize_model(
 
     Raises:
         ModelError: the model cannot be streamed.
-        RecipeError: the memory budget is too small.
+        RecipeError: a memory budget is too small, or the executor does not go with the device.
         PluginError: the method broke its contract.
         QualityError: the method departed from its options, and may not.
         NumericalError: a layer cannot be solved.
@@ -178,7 +178,12 @@ class _Stream:
         self._work, self._progress, self._stop, self._executor = work, progress, stop, executor
         self._gradients_folder = request.gradients or work / "gradients"
         self._borrowed_s = 0.0
-        self._profile = Profile()
+        self._profile = Profile(request.engine.device)
+        if executor.remote and request.engine.device != CPU:
+            raise RecipeError(
+                f"engine.device={request.engine.device} is for runs in one process; on the nodes of a cluster, "
+                "--gpus-per-task has layers solved on GPUs"
+            )
         if request.engine.memory_budget_bytes is not None:
             give_freed_memory_back()
         config = read_config(request.source)
@@ -194,7 +199,7 @@ class _Stream:
             self._model = build_skeleton(config, request.dtype)
             self._prefix, blocks = find_blocks(self._model)
             self._blocks: list[nn.Module] = list(blocks)
-            self._weights = WeightSource(request.source, self._model, request.dtype)
+            self._weights = WeightSource(request.source, self._model, request.dtype, request.engine.device)
         self._done = [FinishedBlock.from_entry(entry) for entry in journal.of_kind(BLOCK)]
 
     @property
@@ -216,7 +221,7 @@ class _Stream:
             self._weights.load_rest()
             self._load_block(0)
         self._keep_rest()
-        with open_driver(self._model, self._blocks, self._batches[0][:1]) as driver:
+        with open_driver(self._model, self._blocks, self._batches[0][:1], self._request.engine.device) as driver:
             self._driver = driver
             if driver.mode == "suspend":
                 self._memory = self._plan_memory(outside_stays=True)
@@ -277,7 +282,7 @@ class _Stream:
             modules={name: spec for block in self._done for name, spec in block.modules.items()},
             unfused_experts=self._survey.unfused_experts,
             check_ids=self._batches[CHECKED_BATCH],
-            check_logits=logits,
+            check_logits=logits.to(CPU),
             drive_mode=self._driver.mode,
             seconds={part: round(value, 3) for part, value in seconds.items()},
             borrowed_s=round(self._borrowed_s, 3),
@@ -308,9 +313,10 @@ class _Stream:
                 self._statistics,
                 self._gradients_folder,
                 # All blocks' inputs exist at once, far more than the budget or the memory was planned for.
-                lambda name: Activations(self._work / "backward" / name, in_memory=False),
+                lambda name: Activations(self._work / "backward" / name, in_memory=False, device=request.engine.device),
                 self._progress,
                 self._stop,
+                request.engine.device,
             )
         )
 
@@ -330,6 +336,7 @@ class _Stream:
             gradients=self._gradients_folder,
             work=self._work / "float pass",
             in_memory=self._memory.activations_in_memory,
+            device=request.engine.device,
         )
         self._borrow(lambda: collect_in_float_model(asked, folder, self._progress, self._stop))
         return StoredStatistics(folder)
@@ -435,7 +442,7 @@ class _Stream:
         originals = find_linears(block)
         tensors = load_file(self._writer.path(finished.shard))
         for layer, spec in finished.modules.items():
-            stored = {key: tensors[f"{layer}.{key}"] for key in storage_layout(spec)}
+            stored = {key: tensors[f"{layer}.{key}"].to(self._request.engine.device) for key in storage_layout(spec)}
             linear = originals[layer.removeprefix(f"{name}.")]
             self._model.set_submodule(layer, LutLinear(spec, stored, bias_of(linear)))
         for hidden in self._shards.propagate(self._place(index, originals)):
@@ -459,7 +466,9 @@ class _Stream:
         """Where parts of the block do nothing but answer, and the memory for their answers is not spoken for."""
         sizes = self._survey.sizes
         hidden_bytes = self._request.calibration_ids.numel() * sizes.hidden_size * sizes.itemsize
-        unbounded = self._request.engine.memory_budget_bytes is None and self._memory.activations_in_memory
+        engine = self._request.engine
+        budget = engine.memory_budget_bytes if engine.device == CPU else engine.device_memory_budget_bytes
+        unbounded = budget is None and self._memory.activations_in_memory
         if self._executor.remote or self._driver.mode != "record" or self._driver.replay_on_resume:
             return None
         if not unbounded or hidden_bytes > RECALLED_BYTES:

@@ -27,8 +27,8 @@ class SuspendingDriver(BlockDriver["PausedForward"]):
     mode: ClassVar[str] = "suspend"
     replay_on_resume = True
 
-    def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
-        super().__init__(model, blocks)
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module], device: torch.device) -> None:
+        super().__init__(model, blocks, device)
         self._paused: list[PausedForward] = []
 
     def record(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, "PausedForward"]:

@@ -188,7 +188,10 @@ def evaluate_layers(
         "calibration": (calibration.source, calibration.ids[:count]),
         "held_out": (held_out.protocol, held_out.ids[torch.arange(count) * len(held_out.ids) // count]),
     }
-    float_parts, quantized_parts = FloatParts(reference.folder, dtype), CheckpointParts(subject.folder, dtype)
+    float_parts, quantized_parts = (
+        FloatParts(reference.folder, dtype, reference.device),
+        CheckpointParts(subject.folder, dtype, subject.device),
+    )
     with tempfile.TemporaryDirectory(prefix="quantlab-") as work:
         ids = {name: ids for name, (_, ids) in texts.items()}
         layers = measure_layers(float_parts, quantized_parts, ids, Path(work), progress)

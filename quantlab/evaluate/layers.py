@@ -94,7 +94,7 @@ class _Streamed:
         parts.load_rest()
         self.load(0)
         first = next(iter(batches.values()))[0][:1]
-        driver = opened.enter_context(open_driver(parts.model, parts.blocks, first))
+        driver = opened.enter_context(open_driver(parts.model, parts.blocks, first, parts.device))
         self.chains: dict[str, Chain] = {}
         for name, own in batches.items():
             self.chains[name] = Chain(driver, own, work / name, in_memory=False, profile=Profile())

@@ -31,7 +31,7 @@ def in_memory(model: PreTrainedModel) -> Forward:
     """The logits of a model that is loaded as a whole."""
 
     def forward(_: int, ids: Tensor) -> Tensor:
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
         return logits
 
     return forward
@@ -76,11 +76,15 @@ def batch_scores(logits: Sequence[Tensor], ids: Tensor) -> dict[str, Tensor]:
     Args:
         logits: of one model, or of the float and the quantized one: (windows, tokens, vocabulary) each.
         ids: (windows, tokens).
+
+    Returns:
+        In main memory.
     """
-    if len(logits) == 1:
-        return {"own": negative_log_likelihood(logits[0], ids)}
-    float_logits, quantized_logits = logits
-    return pair_scores(float_logits, quantized_logits, ids)
+    device = logits[-1].device  # answers of the float model that were kept may be elsewhere
+    first, ids = logits[0].to(device), ids.to(device)
+    own = len(logits) == 1
+    scores = {"own": negative_log_likelihood(first, ids)} if own else pair_scores(first, logits[1], ids)
+    return {name: values.cpu() for name, values in scores.items()}
 
 
 def combine(windows: EvaluationWindows, scores: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from quantlab.checkpoint.reader import load
 from quantlab.engine.forward import CheckpointParts, FloatParts, ModelParts
 from quantlab.errors import ModelError
 from quantlab.models import resolve_model
-from quantlab.skeleton import load_model
+from quantlab.skeleton import CPU, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +25,14 @@ class Subject:
         folder: with its weights and tokenizer.
         is_quantized: whether it is a checkpoint of quantlab.
         source: the float model that a run started from; None if it is not known.
+        device: where it computes.
     """
 
     name: str
     folder: Path
     is_quantized: bool
     source: str | None = None
+    device: torch.device = CPU
 
     @property
     def bytes_on_disk(self) -> int:
@@ -58,8 +60,10 @@ class Subject:
             QuantlabError: it cannot be loaded.
         """
         if self.is_quantized:
-            return load(self.folder, dtype=dtype)
-        return load_model(self.folder, dtype or self.dtype)
+            model = load(self.folder, dtype=dtype)
+            model.to(self.device)  # type: ignore[arg-type]  # a decorated method
+            return model
+        return load_model(self.folder, dtype or self.dtype, self.device)
 
     def open_parts(self, dtype: torch.dtype) -> ModelParts:
         """The model, to be loaded block by block.
@@ -70,22 +74,27 @@ class Subject:
         Raises:
             QuantlabError: it cannot be streamed.
         """
-        return CheckpointParts(self.folder, dtype) if self.is_quantized else FloatParts(self.folder, dtype)
+        parts = CheckpointParts if self.is_quantized else FloatParts
+        return parts(self.folder, dtype, self.device)
 
 
-def find_subject(name: str) -> Subject:
+def find_subject(name: str, device: str = "cpu") -> Subject:
     """Find a model by the folder of a run, the folder of a checkpoint, or anything that names a float model.
+
+    Args:
+        name: of a folder or a model.
+        device: where it computes.
 
     Raises:
         ModelError: there is no such model.
     """
-    folder = Path(name).expanduser()
+    folder, where = Path(name).expanduser(), torch.device(device)
     if (folder / MANIFEST_NAME).is_file() and (folder / MODEL_FOLDER / "config.json").is_file():
         source = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["model"]["path"]
-        return Subject(name=name, folder=folder / MODEL_FOLDER, is_quantized=True, source=source)
+        return Subject(name=name, folder=folder / MODEL_FOLDER, is_quantized=True, source=source, device=where)
     if _config(folder).get("quantization_config", {}).get("quant_method") == "quantlab":
-        return Subject(name=name, folder=folder, is_quantized=True)
-    return Subject(name=name, folder=resolve_model(name), is_quantized=False)
+        return Subject(name=name, folder=folder, is_quantized=True, device=where)
+    return Subject(name=name, folder=resolve_model(name), is_quantized=False, device=where)
 
 
 def _config(folder: Path) -> dict[str, Any]:

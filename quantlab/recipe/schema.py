@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from quantlab.calibration.sources import protocol_error, source_error
+from quantlab.recipe.device import device_error
 from quantlab.recipe.size import size_error
 
 
@@ -148,6 +149,9 @@ class EngineSection:
         rows_per_unit: rows of the layers with one input that are solved as one unit, so that an executor can spread
             a layer; part of the recipe because it may change last digits. None for all rows, as far as the memory
             budget allows.
+        device: where the model computes, block by block, and where layers are solved: cpu, cuda, cuda:1. Hidden states
+            wait in main memory or on disk. Other devices give other last digits.
+        device_memory_budget: memory that may be occupied on a GPU, such as "20GiB"; None for no limit.
     """
 
     memory_budget: str | None = field(default=None, metadata=_checked(size_error))
@@ -155,6 +159,8 @@ class EngineSection:
     deterministic: bool = False
     calibration_shards: int = field(default=1, metadata=_number(minimum=1))
     rows_per_unit: int | None = field(default=None, metadata=_number(minimum=1))
+    device: str = field(default="cpu", metadata=_checked(device_error))
+    device_memory_budget: str | None = field(default=None, metadata=_checked(size_error))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ class TwoBlocks:
     """A driver of a model that adds one in each of two blocks."""
 
     replay_on_resume = False
+    device = torch.device("cpu")
 
     def is_last(self, index):
         return index == 1

@@ -90,8 +90,8 @@ def test_runs_that_share_statistics_end_as_a_run_alone(model_folder, token_ids, 
 
 
 @contextmanager
-def open_suspending(model, blocks, input_ids):
-    driver = SuspendingDriver(model, blocks)
+def open_suspending(model, blocks, input_ids, device):
+    driver = SuspendingDriver(model, blocks, device)
     try:
         yield driver
     finally:

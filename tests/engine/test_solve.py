@@ -390,5 +390,5 @@ def test_values_move_between_devices_at_any_depth():
     assert moved(None, torch.device("meta")) is None
     answer = round_to_nearest(problem.weight, SPEC)
     assert moved(answer, torch.device("meta")).codebook.levels().is_meta
-    assert solving_device(0) == torch.device("cpu")
-    assert solving_device(0.5) == torch.device("cuda")
+    assert solving_device(0, torch.device("cpu")) == torch.device("cpu")
+    assert solving_device(0.5, torch.device("cpu")) == torch.device("cuda")

@@ -16,6 +16,7 @@ from quantlab import pipeline
 from quantlab.checkpoint.serialize import write_safetensors
 from quantlab.checkpoint.writer import CheckpointWriter
 from quantlab.errors import DataError, QualityError, RecipeError, UsageError
+from quantlab.evaluate import subject
 from quantlab.plan import plan_run
 from quantlab.recipe import load_recipe
 from quantlab.recipe.layers import assign_methods
@@ -161,12 +162,12 @@ def test_calibrating_and_evaluating_on_the_same_file_is_refused(recipe, tmp_path
 
 
 def test_a_checkpoint_that_does_not_reproduce_the_model_fails_the_run(recipe, tmp_path, monkeypatch):
-    def damaged(folder):
-        model = quantlab.load(folder)
+    def damaged(folder, **options):
+        model = quantlab.load(folder, **options)
         model.model.norm.weight += 0.01
         return model
 
-    monkeypatch.setattr(pipeline, "load", damaged)
+    monkeypatch.setattr(subject, "load", damaged)
     with pytest.raises(QualityError, match="does not reproduce the quantized model"):
         quantlab.run(recipe(), output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -175,8 +176,8 @@ def test_a_checkpoint_that_does_not_reproduce_the_model_fails_the_run(recipe, tm
 def test_within_a_memory_budget_the_evaluation_is_streamed_and_finds_the_same(recipe, tmp_path, monkeypatch):
     budget = {"memory_budget": "1GiB"}
     in_memory = quantlab.run(recipe(), output_dir=tmp_path / "in_memory")
-    monkeypatch.setattr(pipeline, "load", None)
-    monkeypatch.setattr(pipeline, "load_model", None)
+    monkeypatch.setattr(subject, "load", None)
+    monkeypatch.setattr(subject, "load_model", None)
     streamed = quantlab.run(recipe(engine=budget), output_dir=tmp_path / "streamed")
     assert read(streamed, "eval.json") == read(in_memory, "eval.json")
     assert read(streamed, "manifest.json")["memory"]["budget_bytes"] == 2**30
