@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from quantlab.checkpoint.atomic import one_at_a_time, replacing
 from quantlab.checkpoint.names import MANIFEST_NAME, MODEL_FOLDER, PROFILE_FILE, RESOLVED_RECIPE_NAME
+from quantlab.engine.device import require_device
 from quantlab.engine.fingerprint import source_fingerprint
 from quantlab.engine.journal import FolderBusyError
 from quantlab.errors import QuantlabError, ResumableError, UsageError
@@ -300,15 +301,17 @@ def run_cells(
     Raises:
         ResumableError: the comparison was stopped.
         ModelError: the model cannot be found; nothing is written.
-        UsageError: the folder cannot be written to, or a machine cannot take part.
+        UsageError: the folder cannot be written to, the device is missing, or a machine cannot take part.
     """
     pending = [(cell, position) for position, cell in enumerate(cells) if not cell.finished]
     recipe = cells[0].assignment.loaded.recipe
     model_folder = resolve_model(recipe.model.path) if pending else None
+    executor = executor or LocalExecutor()
+    if pending and not executor.remote:
+        require_device(engine_options(recipe).device)
     _begin(cells[0].folder.parent.parent, [cell for cell, _ in pending], command)
     if model_folder is None:
         return
-    executor = executor or LocalExecutor()
     work = pending[0][0].folder.parent / REFERENCE
     work.mkdir(exist_ok=True)
     executor.require_shared(model_folder, work)
@@ -400,7 +403,9 @@ def profile_cells(cells: Sequence[Cell], progress: Progress) -> None:
             Subject(name=recipe.model.path, folder=model_folder, is_quantized=False),
             Subject(name=cell.folder.name, folder=cell.folder / MODEL_FOLDER, is_quantized=True),
         ]
-        options = ProfileOptions(new_tokens=PROFILED_TOKENS, dtype=str(dtype).removeprefix("torch."))
+        options = ProfileOptions(
+            new_tokens=PROFILED_TOKENS, dtype=str(dtype).removeprefix("torch."), device=recipe.engine.device
+        )
         results = profile_subjects(subjects, options, progress)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -58,6 +58,13 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
     return _table(["layer", "bits", "relative loss", "round-to-nearest", "ratio"], rows)
 
 
+def _device_memory(memory: Mapping[str, Any]) -> list[list[str]]:
+    if not memory.get("device_peak_bytes"):
+        return []
+    expected = format_bytes(memory["expected_device_peak_bytes"])
+    return [["peak GPU memory", f"{format_bytes(memory['device_peak_bytes'])} of tensors, expected {expected} in all"]]
+
+
 def _fallbacks(fallbacks: Sequence[object]) -> list[str]:
     return ["## Fallbacks", "\n".join(f"- {_escape(str(item))}" for item in fallbacks)] if fallbacks else []
 
@@ -83,6 +90,7 @@ def provenance(record: RunRecord) -> list[list[str]]:
         ["time", f"{format_duration(manifest['wall_s'])} in all; {stages}"],
         ["quantizing", profile_line(record)],
         ["peak memory", format_bytes(manifest["peak_rss_bytes"])],
+        *_device_memory(manifest.get("memory", {})),
         ["versions", ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())],
     ]
 

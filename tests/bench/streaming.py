@@ -3,6 +3,7 @@
     python tests/bench/streaming.py                        # the table: 1B, 7B and 70B shapes
     python tests/bench/streaming.py 1b --blocks 16         # all of it
     python tests/bench/streaming.py 7b --method gptq       # another method, NAME or NAME:PRESET
+    python tests/bench/streaming.py 7b --device cuda       # on a GPU, whose memory is bounded and measured then
 
 A row is measured in a process of its own on some blocks of the shape. Blocks are streamed, so memory does not grow
 with their number; the size of the whole model is that of the measured blocks, extrapolated per block, and of the
@@ -28,6 +29,7 @@ from transformers import LlamaConfig
 from quantlab.api import CodebookSpec
 from quantlab.checkpoint.serialize import write_safetensors
 from quantlab.checkpoint.writer import CheckpointWriter
+from quantlab.engine.device import peak_device_bytes
 from quantlab.engine.journal import Journal
 from quantlab.engine.options import EngineOptions
 from quantlab.engine.profile import PARTS
@@ -112,11 +114,13 @@ class Job:
     budget: str
     tokens: int
     enforced: bool
+    device: str
 
 
 def measure(job: Job) -> dict[str, float]:
     """Stream a checkpoint in this process; with `enforced`, allocations beyond the budget fail."""
-    budget, folder = parse_size(job.budget), Path(job.folder)
+    budget, folder, device = parse_size(job.budget), Path(job.folder), torch.device(job.device)
+    bounded = "memory_budget_bytes" if device.type == "cpu" else "device_memory_budget_bytes"
     if job.enforced:
         resource.setrlimit(resource.RLIMIT_DATA, (budget, budget))
     name, _, preset = job.method.partition(":")
@@ -127,7 +131,7 @@ def measure(job: Job) -> dict[str, float]:
         calibration_ids=torch.randint(1000, (4, job.tokens // 4), generator=torch.Generator().manual_seed(0)),
         dtype=torch.bfloat16,
         options_of=lambda layer: options if re.search(job.solve, layer) else None,
-        engine=EngineOptions(memory_budget_bytes=budget),
+        engine=EngineOptions(device=device, **{bounded: budget}),
     )
     target = folder / "target"
     target.mkdir()
@@ -139,8 +143,8 @@ def measure(job: Job) -> dict[str, float]:
     return {
         "seconds": wall,
         "overhead": 1 - (result.seconds["forward"] + result.seconds["solve"]) / wall,
-        "peak_bytes": peak_rss_bytes(),
-        "expected_bytes": result.memory.peak_bytes,
+        "peak_bytes": peak_device_bytes(device) or peak_rss_bytes(),
+        "expected_bytes": result.memory.device_peak_bytes or result.memory.peak_bytes,
         **{f"{part}_s": result.seconds[part] for part in PARTS},
     }
 
@@ -178,6 +182,7 @@ def main() -> None:
     parser.add_argument("--method", help="NAME or NAME:PRESET")
     parser.add_argument("--solve", help="pattern of the layers to quantize; the others are written unchanged")
     parser.add_argument("--enforced", action="store_true", help="let allocations beyond the budget fail")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, whose memory the budget is for")
     parser.add_argument("--json", action="store_true", help="print one JSON object per shape")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -199,6 +204,7 @@ def main() -> None:
                 budget=options.budget or shape.budget,
                 tokens=options.tokens,
                 enforced=options.enforced,
+                device=options.device,
             )
             result = measure_apart(name, options.blocks or shape.measured, job)
         print(json.dumps(result) if options.json else table_row(name, job.method, result), flush=True)

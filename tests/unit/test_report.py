@@ -6,7 +6,7 @@ from rich.console import Console
 from quantlab.errors import UsageError
 from quantlab.report.markdown import write_markdown
 from quantlab.report.record import read_record
-from quantlab.report.summary import summary_table, verdict
+from quantlab.report.summary import profile_line, summary_table, verdict
 from quantlab.report.units import format_bytes, format_count, format_duration
 
 
@@ -99,6 +99,18 @@ def test_verdict_states_size_perplexity_and_layers(write):
     assert "from 10.000 to 10.500 (+5.00%) on stdlib" in text
     assert "1% lower in 1 of 5 layers and more than 1% higher in 1." in text
     assert "fallback" not in text
+
+
+def test_the_profile_names_the_largest_part_first_and_what_no_part_accounts_for(write):
+    manifest = {**example_manifest(), "engine_s": {"load": 0.1, "forward": 4.34, "solve": 6.9}}
+    assert profile_line(read_record(write(manifest))) == "solve 56%, forward 35%, other 8%, load 1%"
+
+
+def test_memory_of_a_gpu_is_told_if_there_was_one(write):
+    assert "GPU" not in write_markdown(write()).read_text()
+    memory = {"device_peak_bytes": 3_000_000_000, "expected_device_peak_bytes": 4_000_000_000}
+    page = write_markdown(write({**example_manifest(), "memory": memory})).read_text()
+    assert "| peak GPU memory | 3 GB of tensors, expected 4 GB in all |" in page
 
 
 def test_verdict_says_so_if_nothing_was_evaluated(write):
