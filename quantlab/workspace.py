@@ -116,8 +116,8 @@ def memory_shortage_explained() -> Iterator[None]:
         raise MemoryShortageError(
             f"out of memory: {str(error) or 'the system refused an allocation'}\n"
             "  Close other programs and go on, or start anew with less: --set engine.memory_budget=8GiB (or what you "
-            "have) bounds the engine,\n  --set model.dtype=bfloat16 halves the weights, a smaller "
-            "calibration.sequence_length the batches"
+            "have; on a GPU\n  engine.device_memory_budget) bounds the engine, --set model.dtype=bfloat16 halves the "
+            "weights, a smaller\n  calibration.sequence_length the batches"
         ) from error
 
 
