@@ -341,7 +341,8 @@ class _Run:
 
     def evaluate(self, stream: StreamResult, corpora: list[EvaluationWindows]) -> dict[str, Any]:
         """Check the written checkpoint, and measure it beside the float model on every corpus and task."""
-        budget = engine_options(self.recipe).memory_budget_bytes
+        options = engine_options(self.recipe)
+        budget = options.memory_budget_bytes or options.device_memory_budget_bytes
         streamed = must_stream([self.float_model, self.quantized_model], self.dtype, budget)
         measure = self._evaluate_streamed if streamed else self._evaluate_in_memory
         if self.executor.remote:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quantlab.errors import UsageError
+from quantlab.memory import physical_bytes
 
 Value = TypeVar("Value")
 
@@ -33,6 +34,11 @@ def synchronize(device: torch.device) -> None:
     """Wait until a GPU has done what it was given to do; the CPU never has anything left."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def capacity_bytes(device: torch.device) -> int:
+    """The memory that a device has."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else physical_bytes()
 
 
 def peak_device_bytes(device: torch.device) -> int:

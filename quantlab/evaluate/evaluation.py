@@ -14,6 +14,7 @@ import torch
 
 from quantlab.calibration.tokens import calibration_windows, load_tokenizer, window_length
 from quantlab.checkpoint.names import MANIFEST_NAME
+from quantlab.engine.device import capacity_bytes
 from quantlab.engine.forward import CheckpointParts, FloatParts
 from quantlab.engine.memory import RUNTIME_BYTES, ModelSizes
 from quantlab.engine.survey import survey_model
@@ -26,7 +27,6 @@ from quantlab.evaluate.spread import measure_spread
 from quantlab.evaluate.streamed import measure_streamed
 from quantlab.evaluate.subject import Subject
 from quantlab.executors import Executor
-from quantlab.memory import physical_bytes
 from quantlab.progress import Progress
 from quantlab.skeleton import read_config
 
@@ -208,15 +208,15 @@ def evaluate_layers(
 
 
 def must_stream(subjects: Sequence[Subject], dtype: torch.dtype, memory_budget_bytes: int | None) -> bool:
-    """Whether models are evaluated one block at a time: if there is a budget, or the machine cannot hold them.
+    """Whether models are evaluated one block at a time: if there is a budget, or their device cannot hold them.
 
     Args:
         subjects: the models that are needed at the same time.
         dtype: what they compute in.
-        memory_budget_bytes: None for no limit but the machine's.
+        memory_budget_bytes: None for no limit but the device's.
     """
     needed = sum(subject.memory_bytes(dtype) for subject in subjects)
-    return memory_budget_bytes is not None or needed > MEMORY_SHARE * physical_bytes()
+    return memory_budget_bytes is not None or needed > MEMORY_SHARE * capacity_bytes(subjects[0].device)
 
 
 def streamed_bytes(sizes: Sequence[ModelSizes], tokens: int) -> int:

@@ -148,7 +148,7 @@ def test_a_model_alone_is_streamed_too_in_any_dtype(run_folder, capsys, dtype):
 def test_models_that_the_machine_cannot_hold_are_streamed(run_folder, capsys, monkeypatch):
     import quantlab.evaluate.evaluation as module
 
-    monkeypatch.setattr(module, "physical_bytes", lambda: 2**20)
+    monkeypatch.setattr(module, "capacity_bytes", lambda device: 2**20)
     assert invoke(["eval", str(run_folder), *TINY, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["streamed"]
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from quantlab.engine.statistics import StatisticsOptions
 from quantlab.engine.stream import StreamRequest, quantize_model
 from quantlab.engine.survey import survey_model
 from quantlab.errors import RecipeError, UsageError
+from quantlab.evaluate.evaluation import must_stream
+from quantlab.evaluate.subject import Subject
 from quantlab.executors import LocalExecutor
 from quantlab.progress import NoProgress
 from quantlab.registry import configure
@@ -37,6 +40,15 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
         devices.require_device(torch.device(name))
     with pytest.raises(UsageError, match=r"no device cuda:1: .* finds 1 CUDA devices"):
         devices.require_device(torch.device("cuda:1"))
+
+
+def test_models_that_a_gpu_cannot_hold_are_evaluated_block_by_block(model_folder, monkeypatch):
+    device = torch.device("cuda")
+    subject = Subject(name="model", folder=model_folder("llama"), is_quantized=False, device=device)
+    for capacity, streamed in ((2 * subject.bytes_on_disk, False), (subject.bytes_on_disk, True)):
+        properties = SimpleNamespace(total_memory=capacity)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, properties=properties: properties)
+        assert must_stream([subject], torch.float32, None) is streamed
 
 
 def test_the_nodes_of_a_cluster_have_no_such_device(model_folder, token_ids, tmp_path):
