@@ -1,12 +1,12 @@
 """Defects outside the answer: side effects, and dependence on anything but the problem."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from quantlab.api import CodebookSpec, InputStatistics, LayerProblem, QuantizedLayer
+from quantlab.api import CodebookSpec, InputStatistics, LayerProblem, QuantizedLayer, UniformGrid
 from quantlab.testing.mutants.honest import HonestPreparation, HonestRounding, HonestSweep
 from quantlab.testing.mutants.planting import killed_by
 
@@ -73,12 +73,14 @@ class EnablesGradients(HonestRounding):
 class UnseededNoise(HonestRounding):
     """A generator of its own is seeded by the clock."""
 
-    def grid(self, grouped: Tensor, spec: CodebookSpec) -> tuple[Tensor, Tensor]:
-        """See HonestRounding."""
+    def quantize(self, problem: LayerProblem) -> QuantizedLayer:
+        """See LayerQuantizer. Codes stay, since one that tips over would be seen by more checks now and then."""
         generator = torch.Generator()
         generator.seed()
-        scale, zero = super().grid(grouped, spec)
-        return scale * (1 + 1e-5 * float(torch.rand((), generator=generator))), zero
+        layer = super().quantize(problem)
+        codebook = cast(UniformGrid, layer.codebook)
+        noise = 1 + 1e-5 * float(torch.rand((), generator=generator))
+        return replace(layer, codebook=replace(codebook, scale=codebook.scale * noise))
 
 
 @killed_by("prepared_statistics_do_not_change_answers")
