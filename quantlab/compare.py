@@ -399,13 +399,12 @@ def profile_cells(cells: Sequence[Cell], progress: Progress) -> None:
         recipe = cell.assignment.loaded.recipe
         model_folder = resolve_model(recipe.model.path)
         dtype = compute_dtype(recipe, read_config(model_folder))
+        device = engine_options(recipe).device
         subjects = [
-            Subject(name=recipe.model.path, folder=model_folder, is_quantized=False),
-            Subject(name=cell.folder.name, folder=cell.folder / MODEL_FOLDER, is_quantized=True),
+            Subject(name=recipe.model.path, folder=model_folder, is_quantized=False, device=device),
+            Subject(name=cell.folder.name, folder=cell.folder / MODEL_FOLDER, is_quantized=True, device=device),
         ]
-        options = ProfileOptions(
-            new_tokens=PROFILED_TOKENS, dtype=str(dtype).removeprefix("torch."), device=recipe.engine.device
-        )
+        options = ProfileOptions(new_tokens=PROFILED_TOKENS, dtype=str(dtype).removeprefix("torch."))
         results = profile_subjects(subjects, options, progress)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -53,9 +53,9 @@ def generate(
     from quantlab.evaluate.subject import find_subject
 
     options = GenerateOptions(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, dtype=dtype, device=device
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, dtype=dtype
     )
-    subject = find_subject(model)
+    subject = find_subject(model, device)
     text = sys.stdin.read() if prompt == "-" else prompt
     started = time.perf_counter()
     tokens = generate_text(subject, text, options, lambda piece: click.echo(piece, nl=False))

@@ -60,14 +60,14 @@ def profile(
     from quantlab.evaluate.profile import ProfileOptions, profile_subjects
     from quantlab.evaluate.subject import find_subject
 
-    subject = find_subject(model)
+    subject = find_subject(model, device)
     with choose_progress(quiet=session.quiet or as_json) as progress:
         if kernels:
-            results = profile_kernels(subject, KernelOptions(repeats=repeats, dtype=dtype, device=device), progress)
+            results = profile_kernels(subject, KernelOptions(repeats=repeats, dtype=dtype), progress)
         else:
             reference = against or subject.source
-            subjects = [*([find_subject(reference)] if reference else []), subject]
-            options = ProfileOptions(prompt=prompt, new_tokens=new_tokens, repeats=repeats, dtype=dtype, device=device)
+            subjects = [*([find_subject(reference, device)] if reference else []), subject]
+            options = ProfileOptions(prompt=prompt, new_tokens=new_tokens, repeats=repeats, dtype=dtype)
             results = profile_subjects(subjects, options, progress)
     if output is None and subject.source is not None and not kernels:
         output = subject.folder.parent / PROFILE_FILE

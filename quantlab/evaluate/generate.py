@@ -21,7 +21,6 @@ class GenerateOptions:
         top_p: tokens are drawn among the likeliest ones of this total probability.
         seed: of the draws.
         dtype: what the model computes in, or None for what it is stored in.
-        device: where it computes.
     """
 
     max_new_tokens: int
@@ -29,7 +28,6 @@ class GenerateOptions:
     top_p: float = 1.0
     seed: int = 0
     dtype: str | None = None
-    device: str = "cpu"
 
 
 def generate_text(subject: Subject, prompt: str, options: GenerateOptions, write: Callable[[str], None]) -> int:
@@ -53,7 +51,7 @@ def generate_text(subject: Subject, prompt: str, options: GenerateOptions, write
     if not ids.numel():
         raise UsageError("the prompt has no tokens; give some text")
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    model = subject.load(dtype).to(options.device)  # type: ignore[arg-type]  # a decorated method
+    model = subject.load(dtype)
     context: int | None = getattr(model.config, "max_position_embeddings", None)
     if context is not None and ids.shape[1] + options.max_new_tokens > context:
         raise UsageError(
@@ -61,9 +59,9 @@ def generate_text(subject: Subject, prompt: str, options: GenerateOptions, write
             f"context of {context}; shorten it, or ask for fewer with --max-new-tokens"
         )
     torch.manual_seed(options.seed)
-    output = model.generate(
-        ids.to(options.device),
-        attention_mask=torch.ones_like(ids, device=options.device),
+    output = model.generate(  # type: ignore[operator]  # torch declares every unknown attribute a Tensor or Module
+        ids.to(subject.device),
+        attention_mask=torch.ones_like(ids, device=subject.device),
         generation_config=_generation_config(model.generation_config, options),
         streamer=_Writer(tokenizer, write),
     )

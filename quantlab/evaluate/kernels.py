@@ -37,13 +37,11 @@ class KernelOptions:
         batches: numbers of inputs that are multiplied at once; 1 is what generation does.
         repeats: turns of each layer.
         dtype: of the inputs and of the dense weight, or None for what the model is stored in.
-        device: where it is computed.
     """
 
     batches: tuple[int, ...] = (1, 4, 16, 64)
     repeats: int = 3
     dtype: str | None = None
-    device: str = "cpu"
 
 
 def profile_kernels(subject: Subject, options: KernelOptions, progress: Progress) -> dict[str, Any]:
@@ -70,12 +68,12 @@ def profile_kernels(subject: Subject, options: KernelOptions, progress: Progress
             {
                 **_describe(layers[0].spec),
                 "count": len(layers),
-                "batches": _measure(layers[0], dtype, options, progress),
+                "batches": _measure(layers[0], subject.device, dtype, options, progress),
             }
             for layers in found.values()
         ],
         "dtype": str(dtype).removeprefix("torch."),
-        "device": options.device,
+        "device": str(subject.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -93,21 +91,20 @@ def _describe(spec: ModuleSpec) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _measure(
-    layer: LutLinear, dtype: torch.dtype, options: KernelOptions, progress: Progress
+    layer: LutLinear, device: torch.device, dtype: torch.dtype, options: KernelOptions, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     layer.separate()
-    layer = layer.to(options.device)
-    dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device=options.device, dtype=dtype)
+    dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device=device, dtype=dtype)
     dense.weight.copy_(layer.dequantize())
     if layer.bias is not None:
         dense.bias.copy_(layer.bias)
-    first = torch.zeros(1, layer.in_features, device=options.device, dtype=dtype)
+    first = torch.zeros(1, layer.in_features, device=device, dtype=dtype)
     quantized_calls = _in_turn(layer, layer.storage_bits // 8, first)
     dense_calls = _in_turn(dense, dense.weight.nbytes, first)
     results = {}
     for count in options.batches:
         inputs = torch.randn(count, layer.in_features, generator=torch.Generator().manual_seed(0))
-        inputs = inputs.to(options.device, dtype)
+        inputs = inputs.to(device, dtype)
         turns = [(_time(quantized_calls, inputs), _time(dense_calls, inputs)) for _ in range(options.repeats)]
         speedups = [other / own for own, other in turns]
         results[str(count)] = {

@@ -32,14 +32,12 @@ class ProfileOptions:
         new_tokens: tokens to generate.
         repeats: turns that each model takes.
         dtype: what the models compute in, or None for what they are stored in.
-        device: where they compute.
     """
 
     prompt: str = "import os\n"
     new_tokens: int = 1024
     repeats: int = 3
     dtype: str | None = None
-    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,7 +64,7 @@ def profile_subjects(subjects: Sequence[Subject], options: ProfileOptions, progr
     """Measure greedy generation.
 
     Args:
-        subjects: what to measure; the first one is what the others are compared with.
+        subjects: what to measure, on one device; the first one is what the others are compared with.
         options: how much to generate, and how.
         progress: is told about every turn.
 
@@ -86,7 +84,7 @@ def profile_subjects(subjects: Sequence[Subject], options: ProfileOptions, progr
     results: dict[str, dict[str, Any]] = {}
     for subject in subjects:
         started = time.perf_counter()
-        models[subject.name] = subject.load(dtype).to(options.device)  # type: ignore[arg-type]  # a decorated method
+        models[subject.name] = subject.load(dtype)
         results[subject.name] = {
             "load_s": time.perf_counter() - started,
             "bytes_on_disk": subject.bytes_on_disk,
@@ -97,14 +95,14 @@ def profile_subjects(subjects: Sequence[Subject], options: ProfileOptions, progr
     for name, values in _take_turns(models, prompt, options, progress).items():
         text = str(tokenizer.decode(values.pop("ids")))
         results[name] |= {**values, "text": options.prompt + text}
-    is_cuda = torch.device(options.device).type == "cuda"
+    device = subjects[0].device
     return {
         "models": results,
         "new_tokens": options.new_tokens,
         "peak_rss_bytes": peak_rss_bytes(),
         "threads": torch.get_num_threads(),
-        "device": options.device,
-        **({"device_name": torch.cuda.get_device_name(options.device)} if is_cuda else {}),
+        "device": str(device),
+        **({"device_name": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
         "torch": torch.__version__,
     }
 
