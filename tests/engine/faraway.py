@@ -7,6 +7,7 @@ operation that mixes them with tensors of main memory raises. So everything has 
 """
 
 import json
+from contextlib import closing, contextmanager
 
 import pytest
 import torch
@@ -20,12 +21,14 @@ from quantlab import pipeline
 from quantlab.api import CodebookSpec
 from quantlab.checkpoint.serialize import file_sha256
 from quantlab.checkpoint.writer import CheckpointWriter
+from quantlab.engine import stream
 from quantlab.engine.forward import FloatParts, streamed_logits
 from quantlab.engine.journal import Journal
 from quantlab.engine.options import EngineOptions
 from quantlab.engine.solve import SolveOptions
 from quantlab.engine.statistics import StatisticsOptions
 from quantlab.engine.stream import StreamRequest, quantize_model
+from quantlab.engine.suspend import SuspendingDriver
 from quantlab.errors import ResumableError
 from quantlab.models import resolve_model
 from quantlab.progress import NoProgress
@@ -146,10 +149,24 @@ def require_same(model_folder, ids, folder, **settings):
     assert there.layers == here.layers
 
 
-# Recorded and paused forwards, a tied head, experts.
+# A tied head, transposed weights, masks that differ between blocks, experts.
 @pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "gemma3", "mixtral"])
 def test_models_are_quantized_as_in_main_memory(model_folder, token_ids, tmp_path, architecture):
     require_same(model_folder(architecture), token_ids, tmp_path)
+
+
+def test_forwards_pause_there_and_finished_blocks_are_replayed(model_folder, token_ids, tmp_path, monkeypatch):
+    @contextmanager
+    def open_suspending(model, blocks, _, device):
+        with closing(SuspendingDriver(model, blocks, device)) as driver:
+            yield driver
+
+    monkeypatch.setattr(stream, "open_driver", open_suspending)
+    require_same(model_folder("llama"), token_ids, tmp_path)
+    with pytest.raises(ResumableError):
+        quantize(model_folder("llama"), tmp_path / "run", token_ids, FARAWAY, stop=lambda: True)
+    _, files = quantize(model_folder("llama"), tmp_path / "run", token_ids, FARAWAY)
+    assert files == {path.name: file_sha256(path) for path in (tmp_path / "here" / "model").iterdir()}
 
 
 @pytest.mark.parametrize("method", ["gptq", "quantease", "leanquant", "lnq", "ganq@paper"])
