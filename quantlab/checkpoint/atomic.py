@@ -22,25 +22,34 @@ def replacing(path: Path) -> Iterator[Path]:
         ResumableError: the system refuses to write, for example because the disk is full or the folder read-only.
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    with refusals_explained(path):
+        try:
+            temporary.touch()
+            permissions = temporary.stat().st_mode  # those of the user's umask; safetensors would make the file private
+            yield temporary
+            temporary.chmod(permissions)
+            flush(temporary)
+            temporary.replace(path)
+            if os.name == "posix":  # elsewhere a folder cannot be opened, and its entries need no flush of their own
+                flush(path.parent)
+        finally:
+            with suppress(OSError):  # what keeps the file from being removed has kept it from being written
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def refusals_explained(path: Path) -> Iterator[None]:
+    """Inside, a system that refuses to write `path` becomes an error that says what to do.
+
+    Raises:
+        ResumableError: it refuses, for example because the disk is full or the folder read-only.
+    """
     try:
-        temporary.touch()
-        permissions = temporary.stat().st_mode  # those of the user's umask; safetensors would make the file private
-        yield temporary
-        temporary.chmod(permissions)
-        flush(temporary)
-        temporary.replace(path)
-        if os.name == "posix":  # elsewhere a folder cannot be opened, and its entries need no flush of their own
-            flush(path.parent)
+        yield
     except OSError as error:
-        raise refused(path, error) from error
-    finally:
-        with suppress(OSError):  # what keeps the file from being removed has kept it from being written
-            temporary.unlink(missing_ok=True)
-
-
-def refused(path: Path, error: OSError) -> ResumableError:
-    """What to raise if the system refuses to write a file."""
-    return ResumableError(f"cannot write {path}: {error}; free some space, or choose a folder that may be written to")
+        raise ResumableError(
+            f"cannot write {path}: {error}; free some space, or choose a folder that may be written to"
+        ) from error
 
 
 @contextmanager

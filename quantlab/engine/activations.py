@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantlab.checkpoint.atomic import flush, refused
+from quantlab.checkpoint.atomic import flush, refusals_explained
 from quantlab.checkpoint.serialize import file_sha256, write_unsettled
 from quantlab.errors import CheckpointError
 from quantlab.skeleton import CPU
@@ -66,14 +66,14 @@ class Activations:
             ResumableError: it cannot be written.
         """
         if self._lasting:
-            self._await_flush()
-            flush(self._folder)
+            with refusals_explained(self._folder):
+                self._await_flush()
+                flush(self._folder)
 
     def get(self, batch: int) -> Tensor:
         """The hidden states of a batch."""
         kept = self._kept.get(batch)
-        hidden = load_file(self._folder / self.file_name(batch))[_NAME] if kept is None else kept
-        return hidden.to(self._device)
+        return (self._read(self.file_name(batch)) if kept is None else kept).to(self._device)
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 by file name of everything that was written."""
@@ -96,7 +96,7 @@ class Activations:
                 )
         self._hashes = dict(hashes)
         if self._in_memory:
-            self._kept = {self._batch(name): load_file(self._folder / name)[_NAME].clone() for name in hashes}
+            self._kept = {self._batch(name): self._read(name).clone() for name in hashes}
 
     def remove(self) -> None:
         """Forget everything and delete the files."""
@@ -108,26 +108,27 @@ class Activations:
         """The file of a batch, by its number."""
         return f"batch-{batch:05d}.safetensors"
 
+    def _read(self, file_name: str) -> Tensor:
+        return load_file(self._folder / file_name)[_NAME]
+
     def _write(self, path: Path, hidden: Tensor) -> None:
         written = path.with_name(f"{uuid.uuid4().hex}.safetensors") if self._shared else path
-        try:
-            written.unlink(missing_ok=True)  # not overwritten: a tensor that was read from it may still be in use
-            self._hashes[path.name] = write_unsettled(written, {_NAME: hidden})
-            written.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                written.unlink(missing_ok=True)
-            raise refused(path, error) from error
-        if self._lasting:
-            self._await_flush()  # of the batch before, so that the system does not fall behind by much
-            self._flushing = self._flusher.submit(flush, path)
+        with refusals_explained(path):
+            try:
+                written.unlink(missing_ok=True)  # not overwritten: a tensor that was read from it may still be in use
+                self._hashes[path.name] = write_unsettled(written, {_NAME: hidden})
+                written.replace(path)
+            except OSError:
+                with suppress(OSError):
+                    written.unlink(missing_ok=True)
+                raise
+            if self._lasting:
+                self._await_flush()  # of the batch before, so that the system does not fall behind by much
+                self._flushing = self._flusher.submit(flush, path)
 
     def _await_flush(self) -> None:
         if self._flushing is not None:
-            try:
-                self._flushing.result()
-            except OSError as error:
-                raise refused(self._folder, error) from error
+            self._flushing.result()
 
     @staticmethod
     def _batch(file_name: str) -> int:

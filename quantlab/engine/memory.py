@@ -33,7 +33,6 @@ from quantlab.engine.statistics import StatisticsOptions, statistics_bytes
 from quantlab.errors import RecipeError
 from quantlab.experts import expert_groups
 from quantlab.memory import physical_bytes
-from quantlab.skeleton import CPU
 
 TOKENS_PER_BATCH = 4096
 RUNTIME_BYTES = 512 * 2**20
@@ -236,8 +235,7 @@ def plan_memory(
     Raises:
         RecipeError: the budget is too small whatever is cut; the message lists what needs how much.
     """
-    on_device = options.device != CPU
-    budget = options.device_memory_budget_bytes if on_device else options.memory_budget_bytes
+    on_device, budget = options.on_device, options.working_budget_bytes
     runtime = DEVICE_RUNTIME_BYTES if on_device else RUNTIME_BYTES
     tokens = _tokens_per_batch(sizes, sequence_length, budget)
     batch_tokens = min(tokens, samples * sequence_length)
@@ -294,7 +292,7 @@ def _room_for_hidden(options: EngineOptions, hidden: int, block_bytes: int) -> i
     """Main memory for hidden states, if the phases are elsewhere or not bounded."""
     room = {"ram": hidden, "disk": 0, "auto": physical_bytes() // 4}[options.activations]
     budget = options.memory_budget_bytes
-    if options.device == CPU or budget is None:
+    if not options.on_device or budget is None:
         return room
     parts = {"runtime": RUNTIME_BYTES, "block": block_bytes}
     parts["hidden states"] = hidden if options.activations == "ram" else 0

@@ -34,6 +34,16 @@ class EngineOptions:
     device: torch.device = CPU
     device_memory_budget_bytes: int | None = None
 
+    @property
+    def on_device(self) -> bool:
+        """Whether the model computes in another memory than the main one."""
+        return self.device != CPU
+
+    @property
+    def working_budget_bytes(self) -> int | None:
+        """The budget of the memory in which the model computes; None for no limit."""
+        return self.device_memory_budget_bytes if self.on_device else self.memory_budget_bytes
+
 
 @contextmanager
 def single_threaded(active: bool) -> Iterator[None]:

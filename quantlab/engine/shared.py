@@ -23,7 +23,7 @@ from quantlab.engine.chain import Chain
 from quantlab.engine.collect import Group, Place
 from quantlab.engine.drive import open_driver
 from quantlab.engine.gradients import read_gradients
-from quantlab.engine.linears import find_linears, weight_of
+from quantlab.engine.linears import find_linears
 from quantlab.engine.moments import Moments
 from quantlab.engine.profile import Profile
 from quantlab.engine.shards import LocalShards
@@ -170,10 +170,11 @@ class StoredStatistics:
 
     Args:
         folder: where it was written.
+        device: where statistics are wanted.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._folder, self._device = folder, device
         entries = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["groups"]
         self._entries = {(tuple(entry["moments"]), entry["widened"]): entry for entry in entries}
 
@@ -192,9 +193,8 @@ class StoredStatistics:
         if not path.is_file() or file_sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{path} is missing or not as it was written; remove its folder to collect it again")
         # Copies lie in memory as collected moments do; where a product reads from decides about its last digits.
-        device = weight_of(place.originals[layers[0].removeprefix(f"{place.name}.")]).device
         tensors = load_file(path).items()
-        stored = {int(key): Moments(hessian=tensor.to(device, copy=True)) for key, tensor in tensors}
+        stored = {int(key): Moments(hessian=tensor.to(self._device, copy=True)) for key, tensor in tensors}
         fisher = place.gradients.fisher if place.gradients is not None and place.statistics.fisher else {}
         return GroupStatistics(
             moments={layer: tuple(stored[number] for number in own) for layer, own in entry["moments"].items()},

@@ -179,7 +179,7 @@ class _Stream:
         self._gradients_folder = request.gradients or work / "gradients"
         self._borrowed_s = 0.0
         self._profile = Profile(request.engine.device)
-        if executor.remote and request.engine.device != CPU:
+        if executor.remote and request.engine.on_device:
             raise RecipeError(
                 f"engine.device={request.engine.device} is for runs in one process; on the nodes of a cluster, "
                 "--gpus-per-task has layers solved on GPUs"
@@ -339,7 +339,7 @@ class _Stream:
             device=request.engine.device,
         )
         self._borrow(lambda: collect_in_float_model(asked, folder, self._progress, self._stop))
-        return StoredStatistics(folder)
+        return StoredStatistics(folder, request.engine.device)
 
     def _borrow(self, collect: Callable[[], float]) -> None:
         """Collect something, or find it collected by another run; either way its seconds count for this one."""
@@ -466,9 +466,7 @@ class _Stream:
         """Where parts of the block do nothing but answer, and the memory for their answers is not spoken for."""
         sizes = self._survey.sizes
         hidden_bytes = self._request.calibration_ids.numel() * sizes.hidden_size * sizes.itemsize
-        engine = self._request.engine
-        budget = engine.memory_budget_bytes if engine.device == CPU else engine.device_memory_budget_bytes
-        unbounded = budget is None and self._memory.activations_in_memory
+        unbounded = self._request.engine.working_budget_bytes is None and self._memory.activations_in_memory
         if self._executor.remote or self._driver.mode != "record" or self._driver.replay_on_resume:
             return None
         if not unbounded or hidden_bytes > RECALLED_BYTES:

@@ -30,6 +30,12 @@ class RunRecord:
     profile: dict[str, Any] | None = None
     layer_errors: dict[str, Any] | None = None
 
+    @property
+    def quantizing_s(self) -> dict[str, float]:
+        """Seconds of quantizing by part of the engine's work, and what no part accounts for as "other"."""
+        parts: dict[str, float] = self.manifest.get("engine_s", {})
+        return {**parts, "other": max(0.0, self.manifest["stages_s"]["quantize"] - sum(parts.values()))}
+
     def mean_accuracy(self, model: str) -> float | None:
         """The mean accuracy over the tasks that have one, as papers report it; None without such tasks.
 

@@ -47,12 +47,9 @@ def summary_rows(record: RunRecord) -> list[list[str]]:
 
 def profile_line(record: RunRecord) -> str:
     """Where the time of quantizing went, the largest part first, for example "forward 61%, solve 31%, write 2%"."""
-    whole_s = record.manifest["stages_s"]["quantize"]
-    parts = dict(record.manifest.get("engine_s", {}))
-    parts["other"] = max(0.0, whole_s - sum(parts.values()))
-    shares = sorted(parts.items(), key=lambda part: -part[1])
-    total_s = sum(parts.values()) or 1.0
-    return ", ".join(f"{name} {seconds / total_s:.0%}" for name, seconds in shares)
+    parts = sorted(record.quantizing_s.items(), key=lambda part: -part[1])
+    total_s = sum(seconds for _, seconds in parts) or 1.0
+    return ", ".join(f"{name} {seconds / total_s:.0%}" for name, seconds in parts)
 
 
 def verdict(record: RunRecord) -> str:

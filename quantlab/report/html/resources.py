@@ -1,7 +1,7 @@
 """Where the memory and the time went."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MultipleLocator
@@ -103,12 +103,11 @@ def _tick(duration: str) -> str:
 
 def _time(run: Run, name: str) -> Html:
     stages = run.manifest["stages_s"]
-    engine: Mapping[str, float] = run.manifest.get("engine_s", {})
     parts: list[Amount] = []
     for stage, seconds in stages.items():
-        if stage == "quantize" and engine:
-            parts += [(f"quantize: {part}", own) for part, own in engine.items() if own > 0]
-            parts.append(("quantize: other", max(0.0, seconds - sum(engine.values()))))
+        if stage == "quantize" and run.manifest.get("engine_s"):
+            own = run.record.quantizing_s
+            parts += [(f"quantize: {part}", own_s) for part, own_s in own.items() if own_s > 0 or part == "other"]
         else:
             parts.append((stage.replace("_", " "), seconds))
     svg = _waterfall(name, "Time by stage", parts, [], format_duration, SECOND_STEPS)
